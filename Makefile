@@ -1,0 +1,73 @@
+# Two commands matter, and each does all set-up by itself in a fresh clone: `make demo` and
+# `make test`. They use their own virtual environment, .venv, with the exact versions of
+# constraints.txt; stamp files in it make a second run start at once. Needed beforehand: Python >=
+# 3.10 with venv, a C++20 compiler, make.
+#
+#   make test PYTHON=python3.12          another interpreter for .venv (default python3)
+#   make py-test PYTEST_ARGS="-k pager"  part of the tests
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# pip takes its versions from here in every call; the constraint must be in the same call as torch.
+PIP := $(VENV)/bin/python -m pip --quiet install --constraint constraints.txt
+
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS = setup.py CMakeLists.txt $(filter csrc/paging/% csrc/bindings.cpp,$(CPP_FILES))
+
+.PHONY: demo test lint cpp-test py-test bench install clean
+.DELETE_ON_ERROR:
+
+demo: install
+	$(VENV)/bin/python -m moe_offload demo
+
+test: lint cpp-test py-test
+
+lint: install
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CPP_FILES)
+	mypy moe_offload
+
+cpp-test: cpp-test-release cpp-test-address cpp-test-thread
+
+# Release as shipped; the sanitized builds with assertions on.
+cpp-test-release: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Release
+cpp-test-address: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=address
+cpp-test-thread: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=thread
+.PHONY: cpp-test-release cpp-test-address cpp-test-thread
+cpp-test-release cpp-test-address cpp-test-thread: $(VENV)/tools.stamp
+	cmake -S . -B build/$@ -G Ninja $(CPP_FLAGS) -DMOE_OFFLOAD_WERROR=ON -DMOE_OFFLOAD_PYTHON=OFF \
+		-DMOE_OFFLOAD_TESTS=ON > build/$@.log || { cat build/$@.log; exit 1; }
+	cmake --build build/$@ --parallel $(JOBS)
+	ctest --test-dir build/$@ --output-on-failure --no-tests=error
+
+py-test: install
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+bench: install
+	$(VENV)/bin/python bench/end_to_end.py
+
+install: $(VENV)/install.stamp
+
+# Editable and not isolated, so that it compiles with the pinned tools and only what changed.
+$(VENV)/install.stamp: $(VENV)/tools.stamp pyproject.toml $(BUILD_INPUTS)
+	CMAKE_ARGS=-DMOE_OFFLOAD_WERROR=ON $(PIP) --no-build-isolation --editable '.[hf,dev]'
+	touch $@
+
+$(VENV)/tools.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "moe_offload needs Python >= 3.10, got \`$$($(PYTHON) --version 2>&1)\`:" \
+			"run make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools pybind11 cmake ninja
+	mkdir -p build
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f moe_offload/*.so moe_offload/triton_kernels
