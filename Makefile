@@ -13,6 +13,8 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Warnings are errors here, and only here: a user's newer compiler may know new ones.
+export CMAKE_ARGS := -DMOE_OFFLOAD_WERROR=ON
 # pip takes its versions from here in every call; the constraint must be in the same call as torch.
 PIP := $(VENV)/bin/python -m pip --quiet install --constraint constraints.txt
 
@@ -41,7 +43,7 @@ cpp-test-address: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=a
 cpp-test-thread: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=thread
 .PHONY: cpp-test-release cpp-test-address cpp-test-thread
 cpp-test-release cpp-test-address cpp-test-thread: $(VENV)/tools.stamp
-	cmake -S . -B build/$@ -G Ninja $(CPP_FLAGS) -DMOE_OFFLOAD_WERROR=ON -DMOE_OFFLOAD_PYTHON=OFF \
+	cmake -S . -B build/$@ -G Ninja $(CPP_FLAGS) $(CMAKE_ARGS) -DMOE_OFFLOAD_PYTHON=OFF \
 		-DMOE_OFFLOAD_TESTS=ON > build/$@.log || { cat build/$@.log; exit 1; }
 	cmake --build build/$@ --parallel $(JOBS)
 	ctest --test-dir build/$@ --output-on-failure --no-tests=error
@@ -56,7 +58,7 @@ install: $(VENV)/install.stamp
 
 # Editable and not isolated, so that it compiles with the pinned tools and only what changed.
 $(VENV)/install.stamp: $(VENV)/tools.stamp pyproject.toml $(BUILD_INPUTS)
-	CMAKE_ARGS=-DMOE_OFFLOAD_WERROR=ON $(PIP) --no-build-isolation --editable '.[hf,dev]'
+	$(PIP) --no-build-isolation --editable '.[hf,dev]'
 	touch $@
 
 $(VENV)/tools.stamp: constraints.txt

@@ -1,7 +1,7 @@
 """Builds the native modules with CMake; everything else about the package is in pyproject.toml.
 
 One CMake project builds `_core` (always) and `_cuda` (when it can), so this file only finds the
-tools, passes on where the modules must land, and checks that they came out. Not obvious:
+tools, runs them, and copies the modules to where setuptools wants them. Not obvious:
 
 - The build tree is `build/cmake-<python>`, also for `pip install -e`, where setuptools would take a
   fresh temporary folder: an edit then recompiles one file instead of all. It is thrown away when a
@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+BUILD_DIR = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 
 
 def find_tool(name: str) -> str | None:
@@ -42,22 +43,24 @@ def run(command: list[str], what: str) -> None:
 
 
 class CMakeBuild(build_ext):
-    """`build_ext` that runs CMake once for all native modules."""
+    """`build_ext` whose modules come out of one CMake run."""
 
     def run(self) -> None:
         if self.inplace:
             link_triton_kernels()
+        self.run_cmake()
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.name != "moe_offload._core":
-            return  # the one CMake run for _core builds it too, into the same folder
-        module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        self.run_cmake(module.parent)
-        if not module.exists():
-            raise CompileError(f"moe_offload: CMake finished but did not write {module}")
+        target = Path(self.get_ext_fullpath(ext.name))
+        built = BUILD_DIR / "lib" / target.name
+        if built.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(built), str(target))
+        elif not ext.optional:
+            raise CompileError(f"moe_offload: CMake finished but did not write {built}")
 
-    def run_cmake(self, output_dir: Path) -> None:
+    def run_cmake(self) -> None:
         cmake = find_tool("cmake")
         if cmake is None:
             raise CompileError(
@@ -66,25 +69,24 @@ class CMakeBuild(build_ext):
             )
         configure = [
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output_dir}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD_DIR / 'lib'}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        parallel = ["--parallel", str(self.parallel or os.cpu_count() or 1)]
         if ninja := find_tool("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         else:
             configure += ["-G", "Unix Makefiles"]
 
-        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        stamp = build_dir / "moe_offload_configure.txt"
+        stamp = BUILD_DIR / "moe_offload_configure.txt"
         key = "\n".join([cmake, *configure, os.environ.get("CXX", "")])
-        if build_dir.exists() and (not stamp.exists() or stamp.read_text() != key):
-            shutil.rmtree(build_dir)
-        build_dir.mkdir(parents=True, exist_ok=True)
-        run([cmake, "-S", str(ROOT), "-B", str(build_dir), *configure], "configuring")
+        if BUILD_DIR.exists() and (not stamp.exists() or stamp.read_text() != key):
+            shutil.rmtree(BUILD_DIR)
+        BUILD_DIR.mkdir(parents=True, exist_ok=True)
+        run([cmake, "-S", str(ROOT), "-B", str(BUILD_DIR), *configure], "configuring")
         stamp.write_text(key)
-        run([cmake, "--build", str(build_dir), *parallel], "compiling")
+        num_jobs = self.parallel or os.cpu_count() or 1
+        run([cmake, "--build", str(BUILD_DIR), "--parallel", str(num_jobs)], "compiling")
 
 
 def link_triton_kernels() -> None:
@@ -94,17 +96,15 @@ def link_triton_kernels() -> None:
 
 
 def packages() -> list[str]:
-    """The import packages; `triton_kernels/` is installed as moe_offload.triton_kernels only."""
+    """The import packages; the folder triton_kernels is installed as moe_offload.triton_kernels."""
     nested = [f"moe_offload.triton_kernels.{name}" for name in find_packages("triton_kernels")]
-    return sorted(
-        {*find_packages(include=["moe_offload", "moe_offload.*"]), "moe_offload.triton_kernels"}
-        | set(nested)
-    )
+    own = find_packages(include=["moe_offload", "moe_offload.*"])
+    return sorted({*own, "moe_offload.triton_kernels", *nested})
 
 
 setup(
     packages=packages(),
-    package_dir={"moe_offload": "moe_offload", "moe_offload.triton_kernels": "triton_kernels"},
+    package_dir={"moe_offload.triton_kernels": "triton_kernels"},
     ext_modules=[
         Extension("moe_offload._core", sources=[]),
         # Built by CMake when it finds a CUDA compiler and kernels in csrc/expert_gemm/cuda.
