@@ -1,0 +1,284 @@
+// The Python face of the paging core: `moe_offload._core`.
+//
+// Raw addresses in, no torch: torch owns slots and tensors on the Python side and passes
+// data_ptr(). Waits release the GIL. A Python callback or object held from C++ is only touched
+// and destroyed with the GIL held; the pager is destroyed with it released, because joining a
+// worker that is waiting for the GIL would never return.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <cstring>
+
+#include "paging/errors.h"
+#include "paging/file_source.h"
+#include "paging/host_copy_engine.h"
+#include "paging/memory_source.h"
+#include "paging/pager.h"
+
+namespace py = pybind11;
+using namespace moe_offload;
+using namespace pybind11::literals;
+
+namespace {
+
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+class TensorSource final : public MemorySource {
+  public:
+    ~TensorSource() override {
+        py::gil_scoped_acquire gil;
+        owners = py::object();
+    }
+    py::object owners = py::none();
+};
+
+// Pages made by Python, fill(layer, expert, address), on a worker thread under the GIL.
+class CallbackSource final : public PageSource {
+  public:
+    CallbackSource(py::function fill, uint64_t page_bytes)
+        : fill_(std::move(fill)), page_bytes_(page_bytes) {}
+    ~CallbackSource() override {
+        py::gil_scoped_acquire gil;
+        fill_ = py::function();
+    }
+
+    std::vector<Chunk> chunks(int32_t, int32_t, size_t) const override {
+        return {{0, 0, page_bytes_, {}}};
+    }
+    uint64_t read(int32_t layer, int32_t expert, const Chunk&, std::byte* page,
+                  Scratch&) const override {
+        py::gil_scoped_acquire gil;
+        try {
+            fill_(layer, expert, reinterpret_cast<uintptr_t>(page));
+        } catch (const py::error_already_set& error) {
+            throw PageReadError(error.what());  // the Python exception must not leave the GIL
+        }
+        return 0;
+    }
+
+  private:
+    py::function fill_;
+    uint64_t page_bytes_;
+};
+
+void destroy_pager(Pager* pager) {
+    if (Py_IsInitialized() && PyGILState_Check()) {
+        py::gil_scoped_release release;
+        delete pager;
+    } else {
+        delete pager;
+    }
+}
+
+std::shared_ptr<Pager> make_pager(std::shared_ptr<PageSource> source,
+                                  std::vector<int32_t> num_experts,
+                                  std::vector<std::string> layer_names, uintptr_t slots,
+                                  size_t num_slots, size_t slot_stride, const std::string& policy,
+                                  const std::vector<std::pair<int32_t, int32_t>>& kept,
+                                  size_t admit_limit, int num_threads, size_t chunk_bytes,
+                                  double wait_timeout_s) {
+    if (num_experts.empty()) throw std::invalid_argument("Pager: expected at least one layer");
+    if (num_threads < 1) throw std::invalid_argument("Pager: expected num_threads >= 1");
+    if (chunk_bytes == 0 || chunk_bytes % Scratch::kAlign != 0)
+        throw std::invalid_argument("Pager: expected chunk_bytes to be a multiple of 4096");
+    const int32_t stride = *std::max_element(num_experts.begin(), num_experts.end());
+    size_t num_pages = 0;
+    for (const int32_t count : num_experts) num_pages += static_cast<size_t>(count);
+    std::vector<PageIndex> kept_pages;
+    for (const auto& [layer, expert] : kept) {
+        if (layer < 0 || static_cast<size_t>(layer) >= num_experts.size() || expert < 0 ||
+            expert >= num_experts[static_cast<size_t>(layer)])
+            throw std::invalid_argument("static policy: no expert " + std::to_string(expert) +
+                                        " in layer " + std::to_string(layer));
+        kept_pages.push_back(static_cast<PageIndex>(layer * stride + expert));
+    }
+    if (kept_pages.size() < num_pages && kept_pages.size() + Pager::kMinSlots > num_slots)
+        throw std::invalid_argument(
+            "static policy: " + std::to_string(kept_pages.size()) +
+            " kept pages leave fewer than " + std::to_string(Pager::kMinSlots) + " of " +
+            std::to_string(num_slots) + " slots for the others. Keep fewer, or raise the budget.");
+    PagerOptions options;
+    options.num_experts = std::move(num_experts);
+    options.layer_names = std::move(layer_names);
+    options.slots = reinterpret_cast<std::byte*>(slots);
+    options.num_slots = num_slots;
+    options.slot_stride = slot_stride;
+    options.admit_limit = admit_limit;
+    options.wait_timeout_ns = static_cast<int64_t>(wait_timeout_s * 1e9);
+    auto rule =
+        make_policy(policy, options.num_experts.size() * static_cast<size_t>(stride), kept_pages);
+    auto engine = std::make_unique<HostCopyEngine>(std::move(source), num_threads, chunk_bytes);
+    return {new Pager(std::move(options), std::move(rule), std::move(engine)), destroy_pager};
+}
+
+py::dict counters_dict(const Pager& pager) {
+    const std::vector<LayerCounters> layers = pager.counters();
+    py::dict result;
+    const auto put = [&](const char* name, uint64_t LayerCounters::* field) {
+        py::list values;
+        for (const LayerCounters& layer : layers) values.append(layer.*field);
+        result[name] = values;
+    };
+    put("acquires", &LayerCounters::acquires);
+    put("lookups", &LayerCounters::lookups);
+    put("hits", &LayerCounters::hits);
+    put("prefetch_hits", &LayerCounters::prefetch_hits);
+    put("joined_prefetches", &LayerCounters::joined_prefetches);
+    put("demand_misses", &LayerCounters::demand_misses);
+    put("bypasses", &LayerCounters::bypasses);
+    put("evictions", &LayerCounters::evictions);
+    put("demand_bytes", &LayerCounters::demand_bytes);
+    put("prefetch_bytes_used", &LayerCounters::prefetch_bytes_used);
+    put("prefetch_bytes_wasted", &LayerCounters::prefetch_bytes_wasted);
+    put("fill_bytes", &LayerCounters::fill_bytes);
+    put("disk_bytes", &LayerCounters::disk_bytes);
+    put("stall_ns", &LayerCounters::stall_ns);
+    put("overlap_ns", &LayerCounters::overlap_ns);
+    return result;
+}
+
+py::tuple timeline_tuple(const Pager& pager) {
+    static constexpr const char* kNames[] = {"demand_copy", "prefetch_copy", "fill_copy", "stall",
+                                             "ticket"};
+    const auto [events, dropped] = pager.timeline();
+    py::list rows;
+    for (const TimelineEvent& event : events)
+        rows.append(py::make_tuple(kNames[static_cast<int>(event.kind)], event.layer, event.expert,
+                                   event.slot, event.begin_ns, event.end_ns));
+    return py::make_tuple(rows, dropped);
+}
+
+// The Python class of the same name in moe_offload.errors.
+void raise_python(const char* name, const char* message) {
+    py::set_error(py::module_::import("moe_offload.errors").attr(name), message);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "Paging core of moe_offload: experts to slots. Addresses are integers (data_ptr()).";
+
+    py::register_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) std::rethrow_exception(pointer);
+        } catch (const PageReadError& error) {
+            raise_python("PageReadError", error.what());
+        } catch (const StateError& error) {
+            raise_python("StateError", error.what());
+        }
+    });
+
+    m.attr("MIN_SLOTS") = Pager::kMinSlots;
+    m.def("build_info", [] {
+        return py::dict("compiler"_a = __VERSION__, "cplusplus"_a = __cplusplus,
+                        "pybind11"_a = PYBIND11_TOSTRING(
+                            PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR));
+    });
+    m.def(
+        "copy_bytes",
+        [](uintptr_t to, uintptr_t from, size_t nbytes) {
+            std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), nbytes);
+        },
+        "to"_a, "from_"_a, "nbytes"_a, "memcpy between two addresses the caller owns");
+
+    py::class_<PageSource, std::shared_ptr<PageSource>>(m, "PageSource");
+    py::class_<FileSource, PageSource, std::shared_ptr<FileSource>>(m, "FileSource")
+        .def(py::init<std::vector<std::string>, bool>(), "paths"_a, "direct"_a)
+        .def(
+            "add_page",
+            [](FileSource& self, int32_t layer, int32_t expert,
+               const std::vector<std::tuple<int32_t, uint64_t, uint64_t, uint64_t>>& segments) {
+                std::vector<FileSegment> list;
+                for (const auto& [file, offset, nbytes, page_offset] : segments)
+                    list.push_back({file, offset, nbytes, page_offset});
+                self.add_page(layer, expert, std::move(list));
+            },
+            "layer"_a, "expert"_a, "segments"_a,
+            "segments: (file index, file offset, bytes, offset in the page)")
+        .def_property_readonly("io_mode", &FileSource::io_mode)
+        .def("any_deleted", &FileSource::any_deleted);
+    py::class_<TensorSource, PageSource, std::shared_ptr<TensorSource>>(m, "MemorySource")
+        .def(py::init<>())
+        .def(
+            "add_page",
+            [](TensorSource& self, int32_t layer, int32_t expert,
+               const std::vector<std::tuple<uintptr_t, uint64_t, uint64_t>>& segments) {
+                std::vector<MemorySegment> list;
+                for (const auto& [address, nbytes, page_offset] : segments)
+                    list.push_back(
+                        {reinterpret_cast<const std::byte*>(address), nbytes, page_offset});
+                self.add_page(layer, expert, std::move(list));
+            },
+            "layer"_a, "expert"_a, "segments"_a, "segments: (address, bytes, offset in the page)")
+        .def("keep_alive",
+             [](TensorSource& self, py::object owners) { self.owners = std::move(owners); });
+    py::class_<CallbackSource, PageSource, std::shared_ptr<CallbackSource>>(m, "CallbackSource")
+        .def(py::init<py::function, uint64_t>(), "fill"_a, "page_bytes"_a);
+
+    py::class_<Ticket, std::shared_ptr<Ticket>>(m, "Ticket")
+        .def(
+            "next",
+            [](Ticket& self) {
+                std::vector<ReadyPage> ready;
+                {
+                    py::gil_scoped_release release;
+                    ready = self.next();
+                }
+                std::vector<std::pair<int32_t, SlotIndex>> pairs;
+                for (const ReadyPage& page : ready) pairs.emplace_back(page.index, page.slot);
+                return pairs;
+            },
+            "Wait for pages: list of (index in the request, slot), [] when all were delivered.")
+        .def(
+            "release",
+            [](Ticket& self, const std::vector<int32_t>& indices) { self.release(indices); },
+            "indices"_a, ReleaseGil())
+        .def("close", &Ticket::close, ReleaseGil())
+        .def("__len__", &Ticket::size)
+        .def("__enter__", [](std::shared_ptr<Ticket> self) { return self; })
+        .def("__exit__", [](Ticket& self, const py::args&) {
+            py::gil_scoped_release release;
+            self.close();
+        });
+
+    py::class_<Pager, std::shared_ptr<Pager>>(m, "Pager")
+        .def(py::init(&make_pager), py::kw_only(), "source"_a, "num_experts"_a, "layer_names"_a,
+             "slots"_a, "num_slots"_a, "slot_stride"_a, "policy"_a = "lru",
+             "kept"_a = std::vector<std::pair<int32_t, int32_t>>{}, "admit_limit"_a = 0,
+             "num_threads"_a = 4, "chunk_bytes"_a = 1 << 20, "wait_timeout_s"_a = 120.0)
+        .def(
+            "acquire",
+            [](Pager& self, int32_t layer, const std::vector<int32_t>& experts) {
+                return self.acquire(layer, experts);
+            },
+            "layer"_a, "experts"_a, ReleaseGil())
+        .def(
+            "prefetch",
+            [](Pager& self, int32_t layer, const std::vector<int32_t>& experts) {
+                return self.prefetch(layer, experts);
+            },
+            "layer"_a, "experts"_a, ReleaseGil())
+        .def("cancel_prefetches", &Pager::cancel_prefetches, "layer"_a = -1, ReleaseGil())
+        .def(
+            "fill",
+            [](Pager& self, const std::vector<std::pair<int32_t, int32_t>>& pages) {
+                return self.fill(pages);
+            },
+            "pages"_a, ReleaseGil())
+        .def("drain", &Pager::drain, ReleaseGil())
+        .def("close", py::overload_cast<>(&Pager::close), ReleaseGil())
+        .def("counters", &counters_dict)
+        .def("reset_counters", &Pager::reset_counters)
+        .def("timeline", &timeline_tuple)
+        .def("residents", &Pager::residents)
+        .def_property_readonly("num_live_tickets", &Pager::num_live_tickets)
+        .def_property_readonly("admit_limit", &Pager::admit_limit)
+        .def(
+            "set_chaos",
+            [](Pager& self, uint64_t seed, int64_t max_delay_us, bool reorder,
+               double fail_probability, double evict_probability) {
+                self.set_chaos({seed, max_delay_us, reorder, fail_probability}, evict_probability);
+            },
+            "seed"_a = 0, "max_delay_us"_a = 0, "reorder"_a = false, "fail_probability"_a = 0.0,
+            "evict_probability"_a = 0.0);
+}

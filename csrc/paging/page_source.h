@@ -1,0 +1,62 @@
+// Where pages come from. A source turns (layer, expert) into chunks, the unit of copying, and
+// moves the bytes of one chunk into a slot. It knows nothing of slots, policy or threads:
+// `chunks` and `read` are called concurrently from several worker threads and must not change
+// the source. Pages are read-only for ever, so nothing is ever written back.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace moe_offload {
+
+// Part of a chunk that lands in one place of the page.
+struct Piece {
+    uint64_t source_offset;  // bytes from the start of the chunk
+    uint64_t nbytes;
+    uint64_t page_offset;  // bytes from the start of the page
+};
+
+// A contiguous range of the source and the places in the page its bytes go to.
+struct Chunk {
+    int32_t origin = 0;   // file index; unused by memory sources
+    uint64_t offset = 0;  // file offset, or address in memory
+    uint64_t nbytes = 0;
+    std::vector<Piece> pieces;
+};
+
+// A worker thread's private aligned buffer, grown on demand; O_DIRECT reads bounce through it.
+class Scratch {
+  public:
+    static constexpr size_t kAlign = 4096;
+    std::byte* reserve(size_t nbytes);
+
+  private:
+    struct Free {
+        void operator()(std::byte* pointer) const;
+    };
+    std::unique_ptr<std::byte[], Free> buffer_;
+    size_t capacity_ = 0;
+};
+
+// Sources keep their pages in maps; one key for both coordinates.
+inline uint64_t page_key(int32_t layer, int32_t expert) {
+    return uint64_t{static_cast<uint32_t>(layer)} << 32 | static_cast<uint32_t>(expert);
+}
+
+class PageSource {
+  public:
+    virtual ~PageSource() = default;
+
+    // The chunks that make up a page, none larger than chunk_bytes if the source can split it.
+    // Throws std::invalid_argument for a page that was never added.
+    virtual std::vector<Chunk> chunks(int32_t layer, int32_t expert, size_t chunk_bytes) const = 0;
+
+    // Copies one chunk into the page at `page`. Returns the bytes read from storage (0 for
+    // memory), alignment included. Throws PageReadError; blocks until the bytes are there.
+    virtual uint64_t read(int32_t layer, int32_t expert, const Chunk& chunk, std::byte* page,
+                          Scratch& scratch) const = 0;
+};
+
+}  // namespace moe_offload

@@ -1,0 +1,652 @@
+#include "pager.h"
+
+#include <unistd.h>
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <utility>
+
+#include "clock.h"
+#include "errors.h"
+
+namespace moe_offload {
+namespace {
+
+TimelineEvent::Kind copy_kind(Load::Cause cause) {
+    switch (cause) {
+        case Load::Cause::kDemand:
+            return TimelineEvent::Kind::kDemandCopy;
+        case Load::Cause::kPrefetch:
+            return TimelineEvent::Kind::kPrefetchCopy;
+        default:
+            return TimelineEvent::Kind::kFillCopy;
+    }
+}
+
+}  // namespace
+
+Pager::Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
+             std::unique_ptr<CopyEngine> engine)
+    : options_(std::move(options)),
+      experts_per_layer_(
+          options_.num_experts.empty()
+              ? 0
+              : *std::max_element(options_.num_experts.begin(), options_.num_experts.end())),
+      admit_limit_(options_.admit_limit),
+      owner_pid_(::getpid()),
+      table_(options_.num_experts.size() * static_cast<size_t>(experts_per_layer_),
+             options_.num_slots, std::move(policy)),
+      loads_(options_.num_experts.size() * static_cast<size_t>(experts_per_layer_)),
+      counters_(options_.num_experts.size()),
+      seen_(loads_.size(), 0),
+      engine_(std::move(engine)) {
+    const size_t num_layers = options_.num_experts.size();
+    if (num_layers == 0 || experts_per_layer_ < 1)
+        throw std::invalid_argument("Pager: expected at least one layer with experts");
+    if (options_.layer_names.size() != num_layers)
+        throw std::invalid_argument("Pager: expected one name per layer");
+    if (options_.num_slots < kMinSlots || options_.slots == nullptr)
+        throw std::invalid_argument("Pager: expected at least " + std::to_string(kMinSlots) +
+                                    " slots, got " + std::to_string(options_.num_slots));
+    if (admit_limit_ == 0)
+        admit_limit_ = std::max((options_.num_slots + num_layers - 1) / num_layers, kMinSlots);
+}
+
+Pager::~Pager() { close(); }
+
+void Pager::close() {
+    if (::getpid() != owner_pid_) {
+        // The worker threads do not exist in a forked child; joining them would never return,
+        // and the lock may have been held by one of them. The engine is left to the kernel.
+        static_cast<void>(engine_.release());
+        return;
+    }
+    {
+        Lock lock(mutex_);
+        if (closed_) return;
+        closed_ = true;
+    }
+    changed_.notify_all();
+    engine_->stop();
+}
+
+// --- requests ---------------------------------------------------------------------------------
+
+void Pager::check_usable() const {
+    if (::getpid() != owner_pid_)
+        throw StateError("pager: created in process " + std::to_string(owner_pid_) +
+                         " and used in its forked child " + std::to_string(::getpid()) +
+                         ". Load the model in the child, or start it with the spawn method.");
+}
+
+PageIndex Pager::page_of(int32_t layer, int32_t expert) const {
+    return static_cast<PageIndex>(layer * experts_per_layer_ + expert);
+}
+int32_t Pager::layer_of(PageIndex page) const {
+    return static_cast<int32_t>(page) / experts_per_layer_;
+}
+int32_t Pager::expert_of(PageIndex page) const {
+    return static_cast<int32_t>(page) % experts_per_layer_;
+}
+std::string Pager::describe(PageIndex page) const {
+    return "layer " + std::to_string(layer_of(page)) + " (" +
+           options_.layer_names[static_cast<size_t>(layer_of(page))] + ") expert " +
+           std::to_string(expert_of(page));
+}
+
+// Called with the lock held.
+void Pager::check_request(int32_t layer, std::span<const int32_t> experts) {
+    if (closed_) throw StateError("pager: used after close");
+    if (layer < 0 || static_cast<size_t>(layer) >= options_.num_experts.size())
+        throw std::invalid_argument("pager: expected a layer in [0, " +
+                                    std::to_string(options_.num_experts.size()) + "), got " +
+                                    std::to_string(layer));
+    const int32_t count = options_.num_experts[static_cast<size_t>(layer)];
+    ++serial_;
+    for (const int32_t expert : experts) {
+        if (expert < 0 || expert >= count)
+            throw std::invalid_argument("pager: layer " + std::to_string(layer) +
+                                        " has experts [0, " + std::to_string(count) + "), got " +
+                                        std::to_string(expert));
+        uint64_t& seen = seen_[page_of(layer, expert)];
+        if (seen == serial_)
+            throw std::invalid_argument("pager: expected distinct experts, got " +
+                                        std::to_string(expert) + " twice");
+        seen = serial_;
+    }
+}
+
+std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> experts) {
+    check_usable();
+    auto ticket = std::make_shared<Ticket>(shared_from_this(), layer);
+    Lock lock(mutex_);
+    ticket->closed_ = true;  // until it is complete: an exception below leaves nothing to undo
+    check_request(layer, experts);
+    ticket->closed_ = false;
+    ++num_live_tickets_;
+    ticket->opened_ns_ = now_ns();
+    if (evict_probability_ > 0) evict_at_random();
+
+    LayerCounters& counters = counters_[static_cast<size_t>(layer)];
+    ++counters.acquires;
+    counters.lookups += experts.size();
+    ticket->items_.resize(experts.size());
+    ticket->num_undelivered_ = experts.size();
+    // The pages that are here are locked before any slot is given away.
+    std::vector<int32_t> misses;
+    for (size_t i = 0; i < experts.size(); ++i) {
+        const PageIndex page = page_of(layer, experts[i]);
+        Ticket::Item& item = ticket->items_[i];
+        item.load = loads_[page];
+        if (item.load) {
+            table_.pin(item.load->slot);
+            table_.touch(page);
+            join(item.load, counters);
+        } else {
+            item.load = std::make_shared<Load>();
+            item.load->page = page;
+            item.load->demanded = true;
+            misses.push_back(static_cast<int32_t>(i));
+        }
+    }
+    // What is left of this layer's prefetches is stale now.
+    for (size_t i = prefetching_.size(); i > 0; --i) {
+        const auto load = prefetching_[i - 1].lock();
+        if (load && !load->demanded && layer_of(load->page) == layer) cancel(load);
+    }
+    counters.demand_misses += misses.size();
+    if (!misses.empty()) schedule_misses(*ticket, misses);
+    return ticket;
+}
+
+// A demand meets a page that is resident or on its way.
+void Pager::join(const std::shared_ptr<Load>& load, LayerCounters& counters) {
+    const bool first_use = load->cause == Load::Cause::kPrefetch && !load->demanded;
+    load->demanded = true;
+    if (load->state == Load::State::kReady) {
+        ++counters.hits;
+        if (!first_use) return;
+        ++counters.prefetch_hits;
+        counters.prefetch_bytes_used += load->bytes;
+    } else {
+        ++counters.joined_prefetches;
+        if (load->job) engine_->promote(load->job);
+    }
+}
+
+// Gives slots to the misses of a ticket. The placed ones keep their slots afterwards; the others
+// pass through the same slots before them, chained in the order the slots come free.
+void Pager::schedule_misses(Ticket& ticket, const std::vector<int32_t>& misses) {
+    std::vector<SlotIndex> slots;
+    std::vector<int32_t> heads;  // item that holds each slot first; -1: nobody yet
+    const size_t wanted = std::min(misses.size(), admit_limit_);
+    size_t first_kept = misses.size() - wanted;
+    for (size_t i = first_kept; i < misses.size(); ++i) {
+        SlotIndex slot = kNoSlot;
+        const auto& load = ticket.items_[static_cast<size_t>(misses[i])].load;
+        if (!place(load->page, nullptr, slot)) break;
+        loads_[load->page] = load;
+        table_.pin(slot);
+        slots.push_back(slot);
+        heads.push_back(-1);
+    }
+    if (slots.empty()) {
+        // The pool is so small that this ticket's own hits fill it: stream through their slots,
+        // unless another ticket reads them too.
+        const size_t limit = wanted;
+        for (size_t i = 0; i < ticket.items_.size() && slots.size() < limit; ++i) {
+            const Load& hit = *ticket.items_[i].load;
+            if (hit.slot == kNoSlot || table_.pins(hit.slot) != 1 ||
+                hit.state != Load::State::kReady)
+                continue;
+            const auto& load =
+                ticket.items_[static_cast<size_t>(misses[first_kept + slots.size()])].load;
+            account_eviction(hit.page);
+            loads_[hit.page] = nullptr;
+            table_.take_over(hit.slot, load->page);
+            loads_[load->page] = load;
+            table_.pin(hit.slot);
+            slots.push_back(hit.slot);
+            heads.push_back(static_cast<int32_t>(i));
+        }
+    }
+    if (slots.empty()) {  // other tickets pin everything: wait for them
+        for (const int32_t index : misses) starved_.emplace_back(&ticket, index);
+        return;
+    }
+    LayerCounters& counters = counters_[static_cast<size_t>(ticket.layer_)];
+    counters.bypasses += misses.size() - slots.size();
+
+    // Chain j: those that pass through, then the one that stays.
+    std::vector<int32_t> order;
+    for (size_t i = 0; i < misses.size(); ++i)
+        if (i < first_kept || i >= first_kept + slots.size()) order.push_back(misses[i]);
+    for (size_t j = 0; j < slots.size(); ++j) order.push_back(misses[first_kept + j]);
+    const size_t passing = misses.size() - slots.size();
+    std::vector<int32_t> tails = heads;
+    for (size_t i = 0; i < order.size(); ++i) {
+        const size_t chain = i < passing ? i % slots.size() : i - passing;
+        Ticket::Item& item = ticket.items_[static_cast<size_t>(order[i])];
+        item.load->slot = slots[chain];
+        if (i < passing) table_.pin(slots[chain]);
+        if (tails[chain] >= 0)
+            ticket.items_[static_cast<size_t>(tails[chain])].successor = order[i];
+        else
+            start(item.load);
+        tails[chain] = order[i];
+    }
+}
+
+size_t Pager::prefetch(int32_t layer, std::span<const int32_t> experts) {
+    check_usable();
+    Lock lock(mutex_);
+    check_request(layer, experts);
+    size_t started = 0;
+    for (const int32_t expert : experts) {
+        const PageIndex page = page_of(layer, expert);
+        if (loads_[page]) continue;
+        SlotIndex slot = kNoSlot;
+        const auto placed = table_.place(page, [this](PageIndex candidate) {
+            const Load& load = *loads_[candidate];
+            return load.demanded || load.cause != Load::Cause::kPrefetch;
+        });
+        if (!placed) break;
+        if (placed->evicted != kNoPage) {
+            account_eviction(placed->evicted);
+            loads_[placed->evicted] = nullptr;
+        }
+        slot = placed->slot;
+        const auto load = own(page, slot, Load::Cause::kPrefetch);
+        prefetching_.push_back(load);
+        start(load);
+        ++started;
+    }
+    return started;
+}
+
+void Pager::cancel_prefetches(int32_t layer) {
+    check_usable();
+    Lock lock(mutex_);
+    if (closed_) throw StateError("pager: used after close");
+    for (size_t i = prefetching_.size(); i > 0; --i) {
+        const auto load = prefetching_[i - 1].lock();
+        if (load && !load->demanded && (layer < 0 || layer_of(load->page) == layer)) cancel(load);
+    }
+}
+
+size_t Pager::fill(std::span<const std::pair<int32_t, int32_t>> pages) {
+    check_usable();
+    Lock lock(mutex_);
+    size_t started = 0;
+    for (const auto& [layer, expert] : pages) {
+        check_request(layer, std::span(&expert, 1));
+        const PageIndex page = page_of(layer, expert);
+        if (loads_[page]) continue;
+        if (table_.num_free() == 0) break;
+        SlotIndex slot = kNoSlot;
+        place(page, nullptr, slot);
+        start(own(page, slot, Load::Cause::kFill));
+        ++started;
+    }
+    return started;
+}
+
+void Pager::drain() {
+    check_usable();
+    Lock lock(mutex_);
+    const auto deadline =
+        std::chrono::steady_clock::now() + std::chrono::nanoseconds(options_.wait_timeout_ns);
+    uint64_t last_in_flight = num_in_flight_;
+    auto patience = deadline;
+    while (num_in_flight_ > 0 && !closed_) {
+        // Waits for copies to end; gives up when none has ended for the whole timeout.
+        if (changed_.wait_until(lock, patience) == std::cv_status::timeout &&
+            num_in_flight_ == last_in_flight)
+            throw StateError("pager: no copy ended within the wait timeout; " +
+                             std::to_string(num_in_flight_) + " still in flight");
+        if (num_in_flight_ != last_in_flight) {
+            last_in_flight = num_in_flight_;
+            patience = std::chrono::steady_clock::now() +
+                       std::chrono::nanoseconds(options_.wait_timeout_ns);
+        }
+    }
+    if (closed_) throw StateError("pager: closed while waiting for copies");
+    if (fill_error_) std::rethrow_exception(std::exchange(fill_error_, nullptr));
+}
+
+// --- slots ------------------------------------------------------------------------------------
+
+std::shared_ptr<Load> Pager::own(PageIndex page, SlotIndex slot, Load::Cause cause) {
+    auto load = std::make_shared<Load>();
+    load->page = page;
+    load->slot = slot;
+    load->cause = cause;
+    loads_[page] = load;
+    return load;
+}
+
+void Pager::forget(PageIndex page) {
+    loads_[page] = nullptr;
+    table_.drop(page);
+}
+
+void Pager::account_eviction(PageIndex page) {
+    LayerCounters& counters = counters_[static_cast<size_t>(layer_of(page))];
+    ++counters.evictions;
+    const Load& load = *loads_[page];
+    if (load.cause == Load::Cause::kPrefetch && !load.demanded)
+        counters.prefetch_bytes_wasted += load.bytes;
+}
+
+// A slot for a demanded page; unstarted prefetches are given up when nothing else is left.
+bool Pager::place(PageIndex page, const EvictionPolicy::MayEvict& may_evict, SlotIndex& slot) {
+    auto placed = table_.place(page, may_evict);
+    while (!placed && reclaim_prefetch()) placed = table_.place(page, may_evict);
+    if (!placed) return false;
+    if (placed->evicted != kNoPage) {
+        account_eviction(placed->evicted);
+        loads_[placed->evicted] = nullptr;
+    }
+    slot = placed->slot;
+    return true;
+}
+
+bool Pager::reclaim_prefetch() {
+    const size_t free_before = table_.num_free();
+    while (!prefetching_.empty()) {
+        const auto load = prefetching_.back().lock();
+        prefetching_.pop_back();
+        if (load && !load->demanded && load->state == Load::State::kLoading && cancel(load) &&
+            table_.num_free() > free_before)
+            return true;
+    }
+    return false;
+}
+
+// Stops a prefetch. The page is absent at once; its slot is free when nothing writes it any more.
+bool Pager::cancel(const std::shared_ptr<Load>& load) {
+    if (load->state != Load::State::kLoading || loads_[load->page] != load) return false;
+    const auto answer = engine_->cancel(load->job);
+    if (answer == CopyEngine::Cancelled::kTooLate) return false;
+    forget(load->page);
+    if (answer == CopyEngine::Cancelled::kGone) {
+        LayerCounters& counters = counters_[static_cast<size_t>(layer_of(load->page))];
+        counters.prefetch_bytes_wasted += load->job->result.bytes;
+        counters.disk_bytes += load->job->result.disk_bytes;
+        --num_in_flight_;
+        table_.unpin(load->slot);
+        changed_.notify_all();
+    }
+    load->state = Load::State::kFailed;
+    load->job = nullptr;
+    return true;
+}
+
+void Pager::evict_at_random() {
+    std::bernoulli_distribution evict(evict_probability_);
+    for (PageIndex page = 0; page < loads_.size(); ++page)
+        if (loads_[page] && loads_[page]->state == Load::State::kReady &&
+            table_.pins(loads_[page]->slot) == 0 && evict(random_)) {
+            account_eviction(page);
+            forget(page);
+        }
+}
+
+// --- copies -----------------------------------------------------------------------------------
+
+void Pager::start(const std::shared_ptr<Load>& load) {
+    load->state = Load::State::kLoading;
+    table_.pin(load->slot);  // until on_copy_done: a slot being written is nobody's victim
+    ++num_in_flight_;
+    auto job = std::make_shared<CopyJob>();
+    job->layer = layer_of(load->page);
+    job->expert = expert_of(load->page);
+    job->slot = options_.slots + static_cast<size_t>(load->slot) * options_.slot_stride;
+    job->priority = load->cause == Load::Cause::kDemand ? Priority::kDemand : Priority::kPrefetch;
+    job->on_done = [this, weak = std::weak_ptr(load), page = load->page, slot = load->slot,
+                    cause = load->cause](const CopyResult& result) {
+        on_copy_done(weak, page, slot, cause, result);
+    };
+    load->job = job;
+    engine_->submit(std::move(job));
+}
+
+// Runs on a worker thread of the engine.
+void Pager::on_copy_done(const std::weak_ptr<Load>& weak, PageIndex page, SlotIndex slot,
+                         Load::Cause cause, const CopyResult& result) {
+    {
+        Lock lock(mutex_);
+        const auto load = weak.lock();
+        const bool failed = result.error != nullptr || result.cancelled;
+        LayerCounters& counters = counters_[static_cast<size_t>(layer_of(page))];
+        counters.disk_bytes += result.disk_bytes;
+        if (cause == Load::Cause::kDemand)
+            counters.demand_bytes += result.bytes;
+        else if (cause == Load::Cause::kFill)
+            counters.fill_bytes += result.bytes;
+        else if (failed || !load)
+            counters.prefetch_bytes_wasted += result.bytes;
+        else if (load->demanded)
+            counters.prefetch_bytes_used += result.bytes;
+        timeline_.add({copy_kind(cause), layer_of(page), expert_of(page), slot, result.begin_ns,
+                       result.end_ns});
+        std::exception_ptr error;
+        if (result.error) {
+            try {
+                std::rethrow_exception(result.error);
+            } catch (const std::exception& reason) {
+                error = std::make_exception_ptr(
+                    PageReadError("reading " + describe(page) + ": " + reason.what()));
+            }
+            if (cause == Load::Cause::kFill && !fill_error_) fill_error_ = error;
+        }
+        if (load) {
+            load->job = nullptr;
+            load->bytes = result.bytes;
+            load->begin_ns = result.begin_ns;
+            load->end_ns = result.end_ns;
+            load->state = failed ? Load::State::kFailed : Load::State::kReady;
+            load->error = error;
+            if (failed && loads_[page] == load) forget(page);
+        }
+        table_.unpin(slot);
+        --num_in_flight_;
+        while (!prefetching_.empty()) {  // forget those that are over
+            const auto front = prefetching_.front().lock();
+            if (front && front->state == Load::State::kLoading) break;
+            prefetching_.pop_front();
+        }
+        serve_starved();
+        changed_.notify_all();
+    }
+}
+
+// Gives slots to misses that waited for other tickets to release theirs.
+void Pager::serve_starved() {
+    while (!starved_.empty() && !closed_) {
+        const auto [ticket, index] = starved_.front();
+        Ticket::Item& item = ticket->items_[static_cast<size_t>(index)];
+        const PageIndex page = item.load->page;
+        if (loads_[page]) {  // somebody else fetched it meanwhile
+            item.load = loads_[page];
+            item.load->demanded = true;
+            table_.touch(page);
+            table_.pin(item.load->slot);
+            if (item.load->job) engine_->promote(item.load->job);
+        } else {
+            SlotIndex slot = kNoSlot;
+            if (!place(page, nullptr, slot)) return;
+            item.load->slot = slot;
+            loads_[page] = item.load;
+            table_.pin(slot);
+            start(item.load);
+        }
+        starved_.pop_front();
+    }
+}
+
+// --- tickets ----------------------------------------------------------------------------------
+
+std::vector<ReadyPage> Pager::next(Ticket& ticket) {
+    check_usable();
+    Lock lock(mutex_);
+    const auto deadline =
+        std::chrono::steady_clock::now() + std::chrono::nanoseconds(options_.wait_timeout_ns);
+    std::vector<ReadyPage> ready;
+    int64_t stall_begin = 0;
+    while (true) {
+        if (closed_) throw StateError("ticket: the pager was closed");
+        if (ticket.closed_) throw StateError("ticket: used after close");
+        for (size_t i = 0; i < ticket.items_.size(); ++i) {
+            Ticket::Item& item = ticket.items_[i];
+            if (item.delivered) continue;
+            if (item.load->state == Load::State::kFailed) {
+                if (item.load->error) std::rethrow_exception(item.load->error);
+                throw StateError("ticket: the copy of " + describe(item.load->page) +
+                                 " was cancelled");
+            }
+            if (item.load->state == Load::State::kAbandoned) retry_abandoned(ticket, item);
+            if (item.load->state != Load::State::kReady) continue;
+            item.delivered = true;
+            --ticket.num_undelivered_;
+            ready.push_back({static_cast<int32_t>(i), item.load->slot});
+        }
+        if (!ready.empty() || ticket.num_undelivered_ == 0) break;
+        if (stall_begin == 0) stall_begin = now_ns();
+        // Waits for a copy of this ticket to end, or for another ticket to give up slots.
+        if (changed_.wait_until(lock, deadline) == std::cv_status::timeout)
+            throw StateError("ticket: waited " +
+                             std::to_string(options_.wait_timeout_ns / 1'000'000) + " ms for " +
+                             std::to_string(ticket.num_undelivered_) + " experts of layer " +
+                             std::to_string(ticket.layer_) +
+                             ". Is a ticket of this thread unreleased, or the storage hung?");
+    }
+    if (stall_begin != 0) {
+        const int64_t end = now_ns();
+        counters_[static_cast<size_t>(ticket.layer_)].stall_ns +=
+            static_cast<uint64_t>(end - stall_begin);
+        ticket.stall_ns_ += end - stall_begin;
+        timeline_.add({TimelineEvent::Kind::kStall, ticket.layer_, -1, -1, stall_begin, end});
+    }
+    return ready;
+}
+
+// The ticket that was to fetch this page closed before it did: ask for it ourselves.
+void Pager::retry_abandoned(Ticket& ticket, Ticket::Item& item) {
+    const PageIndex page = item.load->page;
+    table_.unpin(item.load->slot);
+    item.load = std::make_shared<Load>();
+    item.load->page = page;
+    item.load->demanded = true;
+    starved_.emplace_back(&ticket, static_cast<int32_t>(&item - ticket.items_.data()));
+    serve_starved();
+}
+
+void Pager::release(Ticket& ticket, std::span<const int32_t> indices) {
+    check_usable();
+    Lock lock(mutex_);
+    if (closed_) throw StateError("ticket: the pager was closed");
+    if (ticket.closed_) throw StateError("ticket: used after close");
+    for (const int32_t index : indices) {
+        const bool known = index >= 0 && static_cast<size_t>(index) < ticket.items_.size();
+        if (!known || !ticket.items_[static_cast<size_t>(index)].delivered ||
+            ticket.items_[static_cast<size_t>(index)].released)
+            throw std::invalid_argument("ticket: index " + std::to_string(index) +
+                                        " was not delivered, or was released before");
+        Ticket::Item& item = ticket.items_[static_cast<size_t>(index)];
+        item.released = true;
+        if (item.successor >= 0) start(ticket.items_[static_cast<size_t>(item.successor)].load);
+        table_.unpin(item.load->slot);
+    }
+    serve_starved();
+    changed_.notify_all();
+}
+
+void Pager::close(Ticket& ticket) {
+    if (::getpid() != owner_pid_) return;
+    Lock lock(mutex_);
+    if (ticket.closed_) return;
+    ticket.closed_ = true;
+    --num_live_tickets_;
+    account_overlap(ticket);
+    std::erase_if(starved_, [&](const auto& entry) { return entry.first == &ticket; });
+    for (Ticket::Item& item : ticket.items_) {
+        Load& load = *item.load;
+        if (item.released || load.slot == kNoSlot) continue;
+        item.released = true;
+        // Chained behind others and never started: nobody will fetch it now.
+        if (load.state == Load::State::kPending) {
+            if (loads_[load.page] == item.load) forget(load.page);
+            load.state = Load::State::kAbandoned;
+        }
+        table_.unpin(load.slot);
+    }
+    timeline_.add(
+        {TimelineEvent::Kind::kTicket, ticket.layer_, -1, -1, ticket.opened_ns_, now_ns()});
+    serve_starved();
+    changed_.notify_all();
+}
+
+// Time during which this ticket's copies were under way and nobody waited for them.
+void Pager::account_overlap(const Ticket& ticket) {
+    int64_t begin = 0, end = 0;
+    for (const Ticket::Item& item : ticket.items_) {
+        const Load& load = *item.load;
+        // Copies that ended before the ticket opened were hits.
+        if (load.state != Load::State::kReady || load.end_ns <= ticket.opened_ns_) continue;
+        const int64_t from = std::max(load.begin_ns, ticket.opened_ns_);
+        begin = begin == 0 ? from : std::min(begin, from);
+        end = std::max(end, load.end_ns);
+    }
+    counters_[static_cast<size_t>(ticket.layer_)].overlap_ns +=
+        static_cast<uint64_t>(std::max<int64_t>(0, end - begin - ticket.stall_ns_));
+}
+
+// --- observation ------------------------------------------------------------------------------
+
+std::vector<LayerCounters> Pager::counters() const {
+    check_usable();
+    Lock lock(mutex_);
+    return counters_;
+}
+
+void Pager::reset_counters() {
+    check_usable();
+    Lock lock(mutex_);
+    std::fill(counters_.begin(), counters_.end(), LayerCounters{});
+    timeline_.clear();
+}
+
+std::pair<std::vector<TimelineEvent>, uint64_t> Pager::timeline() const {
+    check_usable();
+    Lock lock(mutex_);
+    return {{timeline_.events().begin(), timeline_.events().end()}, timeline_.dropped()};
+}
+
+std::vector<std::tuple<int32_t, int32_t, SlotIndex>> Pager::residents() const {
+    check_usable();
+    Lock lock(mutex_);
+    std::vector<std::tuple<int32_t, int32_t, SlotIndex>> residents;
+    for (PageIndex page = 0; page < loads_.size(); ++page)
+        if (loads_[page] && loads_[page]->state == Load::State::kReady)
+            residents.emplace_back(layer_of(page), expert_of(page), loads_[page]->slot);
+    return residents;
+}
+
+size_t Pager::num_live_tickets() const {
+    check_usable();
+    Lock lock(mutex_);
+    return num_live_tickets_;
+}
+
+void Pager::set_chaos(const Chaos& chaos, double evict_probability) {
+    check_usable();
+    {
+        Lock lock(mutex_);
+        evict_probability_ = evict_probability;
+        random_.seed(chaos.seed);
+    }
+    engine_->set_chaos(chaos);
+}
+
+}  // namespace moe_offload

@@ -1,0 +1,161 @@
+// The pager: which experts are in which slots, and what is being copied for whom.
+//
+// One pool of slots for pages of one layout, shared by all layers. All decisions are taken in
+// `acquire` and `prefetch`, under one lock, from the request and the policy alone: what is
+// evicted and what stays resident does not depend on how fast copies are. (Only concurrent
+// tickets that together need more slots than there are make placement depend on timing; results
+// never do.)
+//
+// Streaming: of the misses of one ticket at most `admit_limit` get slots; the others are chained
+// behind them and pass through the same slots as those are released. By default the limit is a
+// layer's even share of the pool, so one prompt that touches every expert of a layer cannot empty
+// the cache of all the others.
+//
+// Threads: any thread may call anything. Worker threads of the copy engine only run
+// `on_copy_done`. No wait is unbounded: next() and drain() give up after wait_timeout_ns.
+// A forked child has no worker threads: every call there raises StateError.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <span>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "copy_engine.h"
+#include "counters.h"
+#include "ticket.h"
+#include "timeline.h"
+
+namespace moe_offload {
+
+struct PagerOptions {
+    std::vector<int32_t> num_experts;      // [num_layers]
+    std::vector<std::string> layer_names;  // [num_layers], for messages
+    std::byte* slots = nullptr;            // [num_slots * slot_stride], outlives the pager
+    size_t num_slots = 0;                  // >= kMinSlots
+    size_t slot_stride = 0;
+    size_t admit_limit = 0;  // misses of one ticket that may stay; 0 = ceil(num_slots / num_layers)
+    int64_t wait_timeout_ns = 120'000'000'000;
+};
+
+// A page in a slot or on its way there. Shared by the page table and the tickets that want it.
+struct Load {
+    enum class State { kPending, kLoading, kReady, kFailed, kAbandoned };
+    enum class Cause { kDemand, kPrefetch, kFill };
+    PageIndex page = kNoPage;
+    SlotIndex slot = kNoSlot;
+    State state = State::kPending;
+    Cause cause = Cause::kDemand;
+    bool demanded = false;  // some ticket wanted it; a prefetch that never is was wasted
+    uint64_t bytes = 0;
+    int64_t begin_ns = 0, end_ns = 0;  // of the copy
+    std::shared_ptr<CopyJob> job;      // while it is queued or running
+    std::exception_ptr error;
+};
+
+class Pager : public std::enable_shared_from_this<Pager> {
+  public:
+    // One page can be computed while the next arrives.
+    static constexpr size_t kMinSlots = 2;
+
+    // Throws std::invalid_argument for sizes that do not fit together.
+    Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
+          std::unique_ptr<CopyEngine> engine);
+    ~Pager();
+    Pager(const Pager&) = delete;
+    Pager& operator=(const Pager&) = delete;
+
+    // Locks the pages of distinct `experts` of a layer and starts the copies of those missing.
+    // Never blocks on a copy. Throws std::invalid_argument for ids out of range or repeated.
+    std::shared_ptr<Ticket> acquire(int32_t layer, std::span<const int32_t> experts);
+
+    // Starts copies of pages likely to be needed, behind all demands. Takes free slots and slots
+    // of the policy's victims, never one that holds an unused prefetch. Returns how many copies
+    // were started. A page already resident or on its way costs nothing.
+    size_t prefetch(int32_t layer, std::span<const int32_t> experts);
+    // Cancels prefetches of a layer (-1: all) that nobody has demanded. acquire does this for its
+    // own layer: once a layer is routed, the rest of its prefetches are stale.
+    void cancel_prefetches(int32_t layer);
+
+    // Starts copies into free slots only, evicting nothing; returns how many.
+    size_t fill(std::span<const std::pair<int32_t, int32_t>> pages);
+    // Waits until no copy is queued or in flight; rethrows the first error of fill.
+    void drain();
+
+    // Ends all copies and joins the worker threads. Idempotent. Tickets still open raise
+    // StateError from then on.
+    void close();
+
+    std::vector<LayerCounters> counters() const;
+    void reset_counters();
+    std::pair<std::vector<TimelineEvent>, uint64_t> timeline() const;  // events, dropped
+    std::vector<std::tuple<int32_t, int32_t, SlotIndex>> residents() const;
+    size_t num_live_tickets() const;
+    size_t admit_limit() const { return admit_limit_; }
+
+    // See Chaos; additionally each acquire first evicts every unpinned page with this probability.
+    void set_chaos(const Chaos& chaos, double evict_probability);
+
+  private:
+    friend class Ticket;
+    using Lock = std::unique_lock<std::mutex>;
+
+    void check_usable() const;
+    void check_request(int32_t layer, std::span<const int32_t> experts);
+    PageIndex page_of(int32_t layer, int32_t expert) const;
+    int32_t layer_of(PageIndex page) const;
+    int32_t expert_of(PageIndex page) const;
+    std::string describe(PageIndex page) const;
+
+    void evict_at_random();
+    void join(const std::shared_ptr<Load>& load, LayerCounters& counters);
+    void schedule_misses(Ticket& ticket, const std::vector<int32_t>& misses);
+    bool place(PageIndex page, const EvictionPolicy::MayEvict& may_evict, SlotIndex& slot);
+    std::shared_ptr<Load> own(PageIndex page, SlotIndex slot, Load::Cause cause);
+    void forget(PageIndex page);
+    void account_eviction(PageIndex page);
+    void start(const std::shared_ptr<Load>& load);
+    bool cancel(const std::shared_ptr<Load>& load);
+    bool reclaim_prefetch();
+    void serve_starved();
+    void on_copy_done(const std::weak_ptr<Load>& weak, PageIndex page, SlotIndex slot,
+                      Load::Cause cause, const CopyResult& result);
+
+    std::vector<ReadyPage> next(Ticket& ticket);
+    void release(Ticket& ticket, std::span<const int32_t> indices);
+    void close(Ticket& ticket);
+    void account_overlap(const Ticket& ticket);
+    void retry_abandoned(Ticket& ticket, Ticket::Item& item);
+
+    const PagerOptions options_;
+    const int32_t experts_per_layer_;  // stride of PageIndex
+    size_t admit_limit_;
+    const int owner_pid_;
+
+    mutable std::mutex mutex_;
+    std::condition_variable changed_;  // a copy ended, a slot was released, or close()
+    bool closed_ = false;
+    SlotTable table_;
+    std::vector<std::shared_ptr<Load>> loads_;  // [num_pages], null when absent
+    std::deque<std::weak_ptr<Load>> prefetching_;
+    // Misses that found no slot because other tickets pin them all, first come first served.
+    std::deque<std::pair<Ticket*, int32_t>> starved_;
+    size_t num_in_flight_ = 0;
+    size_t num_live_tickets_ = 0;
+    std::vector<LayerCounters> counters_;
+    Timeline timeline_;
+    std::exception_ptr fill_error_;
+    double evict_probability_ = 0.0;
+    std::mt19937_64 random_;
+    std::vector<uint64_t> seen_;  // [num_pages], serial of the request that named the page
+    uint64_t serial_ = 0;
+
+    std::unique_ptr<CopyEngine> engine_;  // last: destroyed first
+};
+
+}  // namespace moe_offload

@@ -1,0 +1,19 @@
+// A fixed set stays once it is resident; everything else shares the remaining slots, least
+// recently used first. The simplest policy a popularity profile can drive, and the yardstick for
+// adaptive ones.
+#pragma once
+
+#include "lru.h"
+
+namespace moe_offload {
+
+class Static final : public Lru {
+  public:
+    Static(size_t num_pages, const std::vector<PageIndex>& kept);
+    PageIndex victim(const MayEvict& may_evict) const override;
+
+  private:
+    std::vector<bool> kept_;
+};
+
+}  // namespace moe_offload
