@@ -1,0 +1,138 @@
+"""Configuration: one frozen dataclass that checks itself, and the budget parser.
+
+A budget is what experts may occupy on the compute device: bytes (`6442450944`), a size with a unit
+("6GiB", "500 MB") or a share of all expert bytes ("25%"). Units follow IEC 80000-13: "GB" is
+10^9 bytes, "GiB" is 2^30.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from moe_offload.errors import BudgetError
+
+_UNITS = {"": 1, "b": 1}
+for _power, _prefix in enumerate("kmgt", start=1):
+    _UNITS[f"{_prefix}b"] = 1000**_power
+    _UNITS[f"{_prefix}ib"] = 1024**_power
+_BUDGET = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-zA-Z]*)\s*")
+_EXPECTED = 'bytes (an int > 0), a size such as "6GiB" or "500 MB", or a share such as "25%"'
+
+
+def parse_budget(budget: int | str, total_bytes: int) -> int:
+    """Turn a budget into bytes.
+
+    Args:
+        budget: bytes as int, a size with unit, or a percentage of `total_bytes`, 0 < p <= 100.
+        total_bytes: bytes of all experts, what a percentage refers to.
+
+    Returns:
+        Budget in bytes, at most `total_bytes` for a percentage, as given otherwise.
+
+    Raises:
+        BudgetError: malformed, zero, negative, or a percentage above 100.
+
+    Example:
+        >>> parse_budget("25%", 400), parse_budget("1KiB", 0), parse_budget(7, 0)
+        (100, 1024, 7)
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | str):
+        raise BudgetError(f"device_budget: expected {_EXPECTED}, got {budget!r}")
+    if isinstance(budget, int):
+        if budget <= 0:
+            raise BudgetError(f"device_budget: expected {_EXPECTED}, got {budget}")
+        return budget
+    match = _BUDGET.fullmatch(budget)
+    unit = match.group(2).lower() if match else None
+    if match is None or (unit != "%" and unit not in _UNITS):
+        raise BudgetError(f"device_budget: expected {_EXPECTED}, got {budget!r}")
+    number = float(match.group(1))
+    if unit == "%":
+        if not 0 < number <= 100:
+            raise BudgetError(f"device_budget: a share must lie in (0%, 100%], got {budget!r}")
+        return int(total_bytes * number / 100)
+    size = int(number * _UNITS[unit or ""])
+    if size <= 0:
+        raise BudgetError(f"device_budget: expected {_EXPECTED}, got {budget!r}")
+    return size
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes for people: 1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} TiB"
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """How experts are kept and fetched. Every field is used; unknown names are refused.
+
+    Attributes:
+        device_budget: what experts may occupy on the compute device, see `parse_budget`.
+        policy: which resident page leaves first: "lru" over all layers, "lfu" (decayed counts)
+            or "static" (a fixed set stays, everything else streams through).
+        static_experts: for policy "static", the (layer, expert) pairs that stay. Default: the
+            first experts of each layer, evenly.
+        device: where experts are computed. "cpu" in this version.
+        expert_backend: "auto" or "grouped_mm" (transformers' own arithmetic on the slots).
+        fill: read experts into the slots at construction: True, False, or "auto" = when all fit.
+        io_threads: worker threads that read or copy pages, 1 to 64.
+        chunk_bytes: copies are cut into pieces of this size, so that a demand fetch never waits
+            for more than one piece of a prefetch per thread; a multiple of 4096.
+        direct_io: read checkpoints with O_DIRECT so that expert bytes stay out of the page cache;
+            False reads through the page cache.
+        wait_timeout_s: no wait for a page lasts longer than this; a timeout raises.
+    """
+
+    device_budget: int | str = "25%"
+    policy: Literal["lru", "lfu", "static"] = "lru"
+    static_experts: Sequence[tuple[int, int]] | None = None
+    device: str = "cpu"
+    expert_backend: Literal["auto", "grouped_mm"] = "auto"
+    fill: bool | Literal["auto"] = "auto"
+    io_threads: int = 4
+    chunk_bytes: int = 1 << 20
+    direct_io: bool = True
+    wait_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        parse_budget(self.device_budget, 1 << 62)  # malformed budgets fail here, before any work
+        _choose("policy", self.policy, ("lru", "lfu", "static"))
+        _choose("expert_backend", self.expert_backend, ("auto", "grouped_mm"))
+        if self.fill not in (True, False, "auto"):
+            raise ValueError(f'fill: expected True, False or "auto", got {self.fill!r}')
+        if self.device != "cpu":
+            raise ValueError(
+                f'device: expected "cpu", got {self.device!r}. This version computes experts on '
+                'the CPU; load the model there and pass device="cpu".'
+            )
+        if not 1 <= self.io_threads <= 64:
+            raise ValueError(f"io_threads: expected 1 to 64, got {self.io_threads}")
+        if self.chunk_bytes < 4096 or self.chunk_bytes % 4096:
+            raise ValueError(
+                f"chunk_bytes: expected a positive multiple of 4096, got {self.chunk_bytes}"
+            )
+        if not self.wait_timeout_s > 0:
+            raise ValueError(f"wait_timeout_s: expected seconds > 0, got {self.wait_timeout_s}")
+        if self.static_experts is not None and self.policy != "static":
+            raise ValueError(f'static_experts needs policy="static", got policy={self.policy!r}')
+
+    @classmethod
+    def from_options(cls, **options: Any) -> OffloadConfig:
+        """Build from keyword options; an unknown name raises TypeError that lists the known."""
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(f"unknown option {unknown[0]!r}; known options: {', '.join(known)}")
+        return cls(**options)
+
+
+def _choose(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

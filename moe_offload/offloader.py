@@ -1,0 +1,288 @@
+"""The offloader: one object per model that owns the pools and answers for them.
+
+It divides the budget over the pools (one pool per page layout, so nearly always one), hands each
+experts module its address in a pool, reports, resizes, and takes everything down again. It knows
+nothing of transformers; `moe_offload.huggingface` finds the modules and supplies `on_restore`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_offload.config import OffloadConfig, format_bytes, parse_budget
+from moe_offload.errors import BudgetError, StateError
+from moe_offload.pager import MIN_SLOTS, ExpertPool, PagedLayer
+from moe_offload.pages import PageLayout
+from moe_offload.sources import PageSource
+from moe_offload.telemetry import layer_stats, total_stats, write_timeline
+
+
+@dataclass
+class ExpertLayer:
+    """One experts module as the offloader sees it.
+
+    Attributes:
+        name: qualified module name, for messages.
+        module: the module itself (nn.Module), or None where nothing needs it.
+        num_experts: E.
+        tensors: `{parameter name: (shape of one expert's slice, dtype)}`, in page order.
+    """
+
+    name: str
+    module: Any
+    num_experts: int
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def plan_slots(
+    layouts: Sequence[PageLayout], num_pages: Sequence[int], budget: int | str
+) -> list[int]:
+    """Slots per pool that a budget buys, shared in proportion to each pool's bytes.
+
+    Raises:
+        BudgetError: malformed, or too small for MIN_SLOTS pages of every pool; the message names
+            the smallest budget that works.
+    """
+    sizes = [layout.slot_stride * pages for layout, pages in zip(layouts, num_pages, strict=True)]
+    total = sum(sizes)
+    budget_bytes = parse_budget(budget, total)
+    payload = sum(
+        layout.payload_bytes * pages for layout, pages in zip(layouts, num_pages, strict=True)
+    )
+    if budget_bytes >= payload:  # everything fits; slot padding is not held against the user
+        return list(num_pages)
+    slots = [
+        min(budget_bytes * size // total // layout.slot_stride, pages)
+        for layout, size, pages in zip(layouts, sizes, num_pages, strict=True)
+    ]
+    if any(num < min(MIN_SLOTS, pages) for num, pages in zip(slots, num_pages, strict=True)):
+        smallest = smallest_budget(layouts, num_pages)
+        raise BudgetError(
+            f"device_budget: {budget!r} is {budget_bytes} bytes, but this model's experts need at "
+            f"least {smallest} bytes ({format_bytes(smallest)}): {MIN_SLOTS} experts of "
+            f"{format_bytes(max(layout.slot_stride for layout in layouts))} at a time. "
+            f"All experts together are {total} bytes ({format_bytes(total)})."
+        )
+    return slots
+
+
+def smallest_budget(layouts: Sequence[PageLayout], num_pages: Sequence[int]) -> int:
+    """The smallest budget in bytes that `plan_slots` accepts."""
+    sizes = [layout.slot_stride * pages for layout, pages in zip(layouts, num_pages, strict=True)]
+    total = sum(sizes)
+    return max(
+        -(-min(MIN_SLOTS, pages) * layout.slot_stride * total // size)
+        for layout, size, pages in zip(layouts, sizes, num_pages, strict=True)
+    )
+
+
+class Offloader:
+    """Owns the slots of one model's experts. Made by `offload` and `from_pretrained`.
+
+    Args:
+        layers: every experts module, in model order.
+        pages: where the pages of (index in `layers`, expert) come from.
+        config: budget, policy and the rest.
+        on_restore: called by `restore` to make the model resident again, before the pools close.
+
+    Raises:
+        BudgetError: the budget is malformed or cannot hold one wave.
+        PageReadError: a checkpoint file is missing, or the initial fill failed.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertLayer],
+        pages: PageSource,
+        config: OffloadConfig,
+        *,
+        on_restore: Callable[[], None] | None = None,
+    ) -> None:
+        if not layers:
+            raise ValueError("Offloader: expected at least one layer of experts, got none")
+        self.config = config
+        self.layers = list(layers)
+        self._on_restore = on_restore
+        self._closed = False
+        groups: dict[PageLayout, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            groups.setdefault(PageLayout.build(layer.tensors), []).append(index)
+        self._layouts = list(groups)
+        self._num_pages = [
+            sum(self.layers[index].num_experts for index in members) for members in groups.values()
+        ]
+        slots = plan_slots(self._layouts, self._num_pages, config.device_budget)
+        self.pools: list[ExpertPool] = []
+        self._handles: dict[int, PagedLayer] = {}
+        try:
+            for (layout, members), num_slots in zip(groups.items(), slots, strict=True):
+                counts = [self.layers[index].num_experts for index in members]
+                names = [self.layers[index].name for index in members]
+                pool = ExpertPool(layout, members, names, counts, pages, num_slots, config)
+                self.pools.append(pool)
+                for local, index in enumerate(members):
+                    self._handles[index] = PagedLayer(pool, local, names[local], counts[local])
+            self._fill()
+        except BaseException:
+            _close_pools(self.pools)
+            raise
+        # Also runs at interpreter exit, before threads become impossible to join.
+        self._finalizer = weakref.finalize(self, _close_pools, self.pools)
+
+    def _fill(self) -> None:
+        for pool in self.pools:
+            everything_fits = pool.num_slots >= pool.num_pages
+            if self.config.fill is True or (self.config.fill == "auto" and everything_fits):
+                pool.fill()
+
+    def handle(self, index: int) -> PagedLayer:
+        """The address of layer `index` (position in `layers`), for `layer.run_experts`."""
+        return self._handles[index]
+
+    @property
+    def device_budget_bytes(self) -> int:
+        """Bytes of the slots that exist now."""
+        return sum(pool.num_slots * pool.layout.slot_stride for pool in self.pools)
+
+    @property
+    def total_expert_bytes(self) -> int:
+        """Bytes of all experts, as slots: what a budget of 100% is."""
+        return sum(
+            layout.slot_stride * pages
+            for layout, pages in zip(self._layouts, self._num_pages, strict=True)
+        )
+
+    @property
+    def smallest_budget_bytes(self) -> int:
+        """The smallest budget this model accepts."""
+        return smallest_budget(self._layouts, self._num_pages)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since construction or `reset_stats`, JSON-ready.
+
+        Counts are of distinct (layer, expert) pages per call of a layer. Keys: hits,
+        demand_misses, joined_prefetches, hit_rate, hit_rate_without_prefetch, demand_bytes,
+        prefetch_bytes_used, prefetch_bytes_wasted, fill_bytes, disk_bytes, evictions, bypasses,
+        stall_seconds, overlap_seconds, device_budget_bytes, total_expert_bytes, num_slots,
+        num_pages, resident_pages, policy, expert_backend, io_mode, files_deleted, per_layer.
+        """
+        self._check_open("stats")
+        per_layer = layer_stats(self.pools)
+        return {
+            **total_stats(per_layer),
+            "device_budget_bytes": self.device_budget_bytes,
+            "total_expert_bytes": self.total_expert_bytes,
+            "num_slots": sum(pool.num_slots for pool in self.pools),
+            "num_pages": sum(self._num_pages),
+            "resident_pages": sum(len(pool.pager.residents()) for pool in self.pools),
+            "policy": self.config.policy,
+            "expert_backend": "grouped_mm",
+            "io_mode": "/".join(sorted({pool.io_mode() for pool in self.pools})),
+            "files_deleted": any(pool.files_deleted() for pool in self.pools),
+            "per_layer": per_layer,
+        }
+
+    def reset_stats(self) -> None:
+        """Set every counter to zero and forget the timeline."""
+        self._check_open("reset_stats")
+        for pool in self.pools:
+            pool.reset_counters()
+
+    def timeline(self, path: str | Path) -> int:
+        """Write recent copies, stalls and tickets as a Chrome / Perfetto trace; see telemetry."""
+        self._check_open("timeline")
+        return write_timeline(self.pools, path)
+
+    def resize(self, device_budget: int | str) -> None:
+        """Give the experts another budget. Cached pages are dropped; nothing else changes.
+
+        Raises:
+            BudgetError: as at construction; the old budget stays in force.
+            StateError: a forward pass is running, or the offloader is closed.
+        """
+        self._check_open("resize")
+        slots = plan_slots(self._layouts, self._num_pages, device_budget)
+        for pool, num_slots in zip(self.pools, slots, strict=True):
+            if num_slots != pool.num_slots:
+                pool.resize(num_slots)
+        self._fill()
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> int:
+        """Start copies of pages that layer `layer` is likely to need; returns how many started.
+
+        Does not block. Demand fetches go first; what is not used is counted as wasted.
+        """
+        self._check_open("prefetch")
+        handle = self._handles[layer]
+        return handle.pool.pager.prefetch(handle.layer, list(experts))
+
+    def chaos(
+        self,
+        seed: int = 0,
+        *,
+        max_delay_us: int = 0,
+        reorder: bool = False,
+        fail_probability: float = 0.0,
+        evict_probability: float = 0.0,
+    ) -> None:
+        """Make timing hostile, for tests and `verify`; call without arguments to stop.
+
+        Args:
+            seed: of all random choices.
+            max_delay_us: every piece of a copy first sleeps up to this long.
+            reorder: queued copies start in random order.
+            fail_probability: share of copies that fail with PageReadError.
+            evict_probability: share of unlocked pages dropped before each layer.
+        """
+        self._check_open("chaos")
+        for pool in self.pools:
+            pool.pager.set_chaos(seed, max_delay_us, reorder, fail_probability, evict_probability)
+
+    def restore(self) -> None:
+        """Make the model resident again and close.
+
+        Raises:
+            StateError: already restored or closed, or nothing to restore (no model attached).
+        """
+        self._check_open("restore")
+        if self._on_restore is None:
+            raise StateError("restore: this offloader is not attached to a model")
+        self._on_restore()
+        self.close()
+
+    def close(self) -> None:
+        """Stop all copies, join the worker threads, give the slots back. Idempotent."""
+        self._closed = True
+        self._finalizer()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def _check_open(self, call: str) -> None:
+        if self._closed:
+            raise StateError(f"{call}: this offloader was restored or closed")
+
+    def __enter__(self) -> Offloader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else format_bytes(self.device_budget_bytes)
+        return (
+            f"Offloader({len(self.layers)} layers, {sum(self._num_pages)} experts, {state} of "
+            f"{format_bytes(self.total_expert_bytes)}, policy={self.config.policy!r})"
+        )
+
+
+def _close_pools(pools: list[ExpertPool]) -> None:
+    for pool in pools:
+        pool.close()

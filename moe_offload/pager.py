@@ -1,0 +1,166 @@
+"""A pool of slots and its pager: where torch's memory meets the C++ core.
+
+One `ExpertPool` per page layout, shared by all layers that have it. torch allocates the slab of
+slots; `_core.Pager` decides and copies; the views are the slots seen as parameters, [S, ...].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_offload import _core
+from moe_offload.config import OffloadConfig
+from moe_offload.errors import StateError
+from moe_offload.pages import PageLayout, allocate_slab
+from moe_offload.sources import PageSource
+
+MIN_SLOTS: int = _core.MIN_SLOTS  # one page is computed while the next arrives
+
+Counters = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class PagedLayer:
+    """One experts module's address in a pool: what `layer.run_experts` needs."""
+
+    pool: ExpertPool
+    layer: int  # index in the pool
+    name: str
+    num_experts: int
+
+
+class ExpertPool:
+    """Slots for pages of one layout, for one or more layers.
+
+    Args:
+        layout: byte layout of every page.
+        layers: index of each layer in the source.
+        names: module name of each layer, for messages and telemetry.
+        num_experts: experts of each layer.
+        source: where pages come from.
+        num_slots: slots to allocate, at least MIN_SLOTS; more than there are pages is cut.
+        config: io_threads, chunk_bytes, direct_io, policy and so on.
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        layers: list[int],
+        names: list[str],
+        num_experts: list[int],
+        source: PageSource,
+        num_slots: int,
+        config: OffloadConfig,
+    ) -> None:
+        self.layout = layout
+        self.layers = layers
+        self.names = names
+        self.num_experts = num_experts
+        self._config = config
+        self._source = source.core_source(layout, layers, num_experts, config.direct_io)
+        self._past: Counters = {}  # counters of pagers that a resize replaced
+        self._open(num_slots)
+
+    @property
+    def num_pages(self) -> int:
+        return sum(self.num_experts)
+
+    def _open(self, num_slots: int) -> None:
+        self.num_slots = min(num_slots, self.num_pages)
+        slots = max(self.num_slots, MIN_SLOTS)  # a pool of one page still gets two slots
+        kept = self._kept_pages() if self._config.policy == "static" else []
+        self.slab: Tensor | None = allocate_slab(self.layout, slots)
+        self.views: dict[str, Tensor] = self.layout.views(self.slab)
+        self.pager = _core.Pager(
+            source=self._source,
+            num_experts=self.num_experts,
+            layer_names=self.names,
+            slots=self.slab.data_ptr(),
+            num_slots=slots,
+            slot_stride=self.layout.slot_stride,
+            policy=self._config.policy,
+            kept=kept,
+            num_threads=self._config.io_threads,
+            chunk_bytes=self._config.chunk_bytes,
+            wait_timeout_s=self._config.wait_timeout_s,
+        )
+
+    def _kept_pages(self) -> list[tuple[int, int]]:
+        """The static set in pool indices: as configured, else the first experts of each layer."""
+        if self._config.static_experts is not None:
+            local = {layer: i for i, layer in enumerate(self.layers)}
+            return [
+                (local[layer], expert)
+                for layer, expert in self._config.static_experts
+                if layer in local
+            ]
+        if self.num_slots >= self.num_pages:
+            return self.pages_by_rank(self.num_pages)
+        return self.pages_by_rank(self.num_slots - MIN_SLOTS)
+
+    def pages_by_rank(self, count: int) -> list[tuple[int, int]]:
+        """The first `count` pages, spread evenly: expert 0 of every layer, then expert 1, ..."""
+        ranked = [
+            (layer, expert)
+            for expert in range(max(self.num_experts))
+            for layer, num in enumerate(self.num_experts)
+            if expert < num
+        ]
+        return ranked[:count]
+
+    def fill(self) -> None:
+        """Read pages into all free slots and wait for them."""
+        if self._config.policy == "static":
+            self.pager.fill(self._kept_pages())
+        else:
+            self.pager.fill(self.pages_by_rank(self.num_pages))
+        self.pager.drain()
+
+    def resize(self, num_slots: int) -> None:
+        """Replace the slab by one of another size; the cache starts empty.
+
+        The old slab is given back before the new one is allocated, so the peak is the larger of
+        the two, not their sum.
+
+        Raises:
+            StateError: a forward pass holds slots at this moment.
+        """
+        if self.pager.num_live_tickets:
+            raise StateError(
+                "resize: a forward pass is using the slots. Call it between calls of the model."
+            )
+        self._past = self.counters()
+        self.pager.close()
+        self.views = {}
+        self.slab = None
+        self._open(num_slots)
+
+    def counters(self) -> Counters:
+        """Counters per layer since construction or the last reset, across resizes."""
+        now = self.pager.counters()
+        if not self._past:
+            return now
+        return {
+            name: [a + b for a, b in zip(values, self._past[name], strict=True)]
+            for name, values in now.items()
+        }
+
+    def reset_counters(self) -> None:
+        self._past = {}
+        self.pager.reset_counters()
+
+    def io_mode(self) -> str:
+        """How pages are read: "direct", "buffered", "mixed", or "memory"."""
+        return getattr(self._source, "io_mode", "memory")
+
+    def files_deleted(self) -> bool:
+        """True when a checkpoint file lost its name; reads go on from the open handle."""
+        return isinstance(self._source, _core.FileSource) and self._source.any_deleted()
+
+    def close(self) -> None:
+        """Stop the workers and give the slots back. Idempotent."""
+        self.pager.close()
+        self.views = {}
+        self.slab = None

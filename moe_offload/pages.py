@@ -1,0 +1,121 @@
+"""What one page looks like: the bytes of one expert, section by section.
+
+A section is one expert's slice of one parameter of the experts module (`gate_up_proj`,
+`down_proj`, biases), exactly as the checkpoint stores it, so a page goes from file to slot
+verbatim and every transformers layout (gated or not, transposed, interleaved, biased) is only
+another list of sections. Sections start at multiples of 256 bytes (vector loads, TMA); slots at
+multiples of 4096. Experts with equal layouts share one pool of slots across all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SECTION_ALIGN = 256
+SLOT_ALIGN = 4096
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return (value + multiple - 1) // multiple * multiple
+
+
+@dataclass(frozen=True)
+class Section:
+    """One expert's slice of one parameter: `shape` without the expert dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int  # bytes from the start of the page
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Byte layout of a page. Equal layouts are interchangeable, whatever layer they serve."""
+
+    sections: tuple[Section, ...]
+
+    @classmethod
+    def build(cls, params: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> PageLayout:
+        """Lay out `{parameter name: (per-expert shape, dtype)}` in the order given.
+
+        Raises:
+            ValueError: no parameters, or one with no elements.
+        """
+        if not params:
+            raise ValueError("PageLayout: expected at least one expert parameter, got none")
+        sections, offset = [], 0
+        for name, (shape, dtype) in params.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            if nbytes <= 0:
+                raise ValueError(f"PageLayout: parameter {name!r} of shape {shape} has no bytes")
+            sections.append(Section(name, tuple(shape), dtype, offset, nbytes))
+            offset = _round_up(offset + nbytes, SECTION_ALIGN)
+        return cls(tuple(sections))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes from the first section's start to the last section's end."""
+        last = self.sections[-1]
+        return last.offset + last.nbytes
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of weights, alignment gaps left out: what a copy of the page moves."""
+        return sum(section.nbytes for section in self.sections)
+
+    @property
+    def slot_stride(self) -> int:
+        """Bytes from one slot to the next."""
+        return _round_up(self.page_bytes, SLOT_ALIGN)
+
+    def section(self, name: str) -> Section:
+        for section in self.sections:
+            if section.name == name:
+                return section
+        names = ", ".join(section.name for section in self.sections)
+        raise KeyError(f"page has no section {name!r}; it has {names}")
+
+    def views(self, slab: Tensor) -> dict[str, Tensor]:
+        """See a slab of slots as parameters.
+
+        Args:
+            slab: uint8 [S * slot_stride], contiguous, its start aligned to 256 bytes.
+
+        Returns:
+            `{name: Tensor[S, *shape]}`, views into the slab with stride slot_stride over S.
+        """
+        num_slots = slab.numel() // self.slot_stride
+        views = {}
+        for section in self.sections:
+            typed = slab[section.offset :]
+            # slots are 4096-aligned and sections 256-aligned, so the byte offset divides evenly
+            end = (num_slots - 1) * self.slot_stride + section.nbytes
+            flat = typed[:end].view(section.dtype)
+            strides, step = [], 1
+            for size in reversed(section.shape):
+                strides.append(step)
+                step *= size
+            views[section.name] = flat.as_strided(
+                (num_slots, *section.shape),
+                (self.slot_stride // section.dtype.itemsize, *reversed(strides)),
+            )
+        return views
+
+
+def allocate_slab(layout: PageLayout, num_slots: int) -> Tensor:
+    """A zeroed slab of slots, uint8 [S * slot_stride], starting on a 4096-byte boundary.
+
+    Zeroed so that no kernel that multiplies a masked row by zero can meet NaN left in memory by
+    someone else; the zero pages cost nothing until a slot is filled.
+    """
+    nbytes = num_slots * layout.slot_stride
+    raw = torch.zeros(nbytes + SLOT_ALIGN, dtype=torch.uint8)
+    start = -raw.data_ptr() % SLOT_ALIGN
+    return raw[start : start + nbytes]
