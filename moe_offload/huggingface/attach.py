@@ -1,0 +1,335 @@
+"""Put a pager behind the experts modules of a transformers model, and take it away again.
+
+The experts modules stay where they are: their class is swapped for a generated subclass of the
+same name whose forward pages, their parameters leave, and meta tensors of the same shape stay as
+plain attributes, so `.to()`, `state_dict()`, `repr` and `generate` see a normal model. Nothing
+outside the model is patched. `restore()` undoes each step with the very same Parameter objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_offload.config import OffloadConfig
+from moe_offload.errors import StateError, UnsupportedModelError
+from moe_offload.huggingface.adapters import experts_module, find_expert_layers
+from moe_offload.layer import run_experts
+from moe_offload.offloader import ExpertLayer, Offloader
+from moe_offload.sources import CallbackPages, FilePages, TensorPages
+
+_RESTORE = "moe_offload.get_offloader(model).restore()"
+
+
+def offload(model: nn.Module, device_budget: int | str = "25%", **options: Any) -> Offloader:
+    """Page the experts of a live transformers model.
+
+    The experts' tensors stay in host memory (they are kept, not copied) and become the source the
+    slots are filled from. `offloader.restore()` puts the same Parameter objects back.
+
+    Args:
+        model: a transformers MoE model in eval mode, without gradients, on the CPU.
+        device_budget: what experts may occupy in slots: bytes, "6GiB" or "25%" of all experts.
+        **options: further fields of OffloadConfig (policy, io_threads, ...).
+
+    Returns:
+        The Offloader; also reachable as `moe_offload.get_offloader(model)`.
+
+    Raises:
+        UnsupportedModelError: no experts that can be paged, or a form that is refused.
+        StateError: training mode, gradients, or offloaded already.
+        BudgetError: malformed, or too small for one wave.
+
+    Example:
+        >>> offloader = moe_offload.offload(model, device_budget="25%")
+        >>> model.generate(**inputs, max_new_tokens=20)
+        >>> offloader.restore()
+    """
+    config = OffloadConfig.from_options(device_budget=device_budget, **options)
+    layers = find_expert_layers(model)
+    _refuse_training(model, layers)
+    pages = TensorPages()
+    for index, layer in enumerate(layers):
+        pages.add_layer(index, {name: _host(layer, name) for name in layer.tensors})
+    return Attachment(model, layers).start(pages, config)
+
+
+def get_offloader(model: nn.Module) -> Offloader:
+    """The Offloader of a model; StateError when the model is not offloaded."""
+    attachment = vars(model).get("_moe_offload") if isinstance(model, nn.Module) else None
+    if attachment is None or attachment.offloader is None:
+        raise StateError(
+            f"{type(model).__name__} is not offloaded. Use moe_offload.offload(model, "
+            "device_budget=...) or moe_offload.from_pretrained(...), and pass that same model."
+        )
+    return attachment.offloader
+
+
+def _refuse_training(model: nn.Module, layers: list[ExpertLayer]) -> None:
+    if model.training or any(experts_module(layer).training for layer in layers):
+        raise StateError(
+            f"{type(model).__name__} is in training mode; paging is for inference. "
+            "Call model.eval() first."
+        )
+    for layer in layers:
+        for name in layer.tensors:
+            if getattr(experts_module(layer), name).grad is not None:
+                raise StateError(
+                    f"{layer.name}.{name} holds a gradient; offloaded experts cannot be trained. "
+                    "Finish the training step and call model.zero_grad(set_to_none=True) first."
+                )
+
+
+def _host(layer: ExpertLayer, name: str) -> Tensor:
+    tensor = getattr(experts_module(layer), name).detach()
+    if tensor.device.type != "cpu":
+        hint = (
+            "The model has no weights yet; use moe_offload.from_pretrained."
+            if tensor.device.type == "meta"
+            else 'This version computes experts on the CPU; call model.to("cpu") first.'
+        )
+        raise UnsupportedModelError(
+            f"{layer.name}.{name} must be on the CPU, got {tensor.device}. {hint}"
+        )
+    return tensor.contiguous()
+
+
+class Attachment:
+    """What was changed in one model, and the way back. Holds no strong reference to the model.
+
+    Args:
+        model: the model whose experts are to be paged.
+        layers: its experts modules, holding parameters (live model) or meta placeholders.
+        load_tensors: `(layer index) -> {section: Tensor[E, ...]}`; makes the parameters when the
+            modules hold placeholders (checkpoint models). Called by restore().
+        before_restore: called first by restore(); what it raises leaves everything as it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[ExpertLayer],
+        load_tensors: Callable[[int], dict[str, Tensor]] | None = None,
+        before_restore: Callable[[], None] | None = None,
+    ) -> None:
+        self.model = weakref.ref(model)
+        self.layers = layers
+        self.offloader: Offloader | None = None
+        self.origin: Any = None  # how from_pretrained made the model, for verify()
+        self._load_tensors = load_tensors
+        self._before_restore = before_restore
+        self._parameters = [dict(experts_module(layer)._parameters) for layer in layers]
+        self._undo: list[Callable[[], Any]] = []
+
+    @property
+    def holds_parameters(self) -> bool:
+        """Do the original Parameter objects exist in memory (a live model was offloaded)?"""
+        return self._load_tensors is None
+
+    def start(self, pages: FilePages | TensorPages | CallbackPages, config: Any) -> Offloader:
+        """Build the pager, then change the model; a failing pager leaves the model untouched."""
+        model = self.model()
+        assert model is not None
+        for layer in self.layers:
+            _offloaded_class(
+                type(experts_module(layer))
+            )  # refuses odd signatures before anything changes
+        self.offloader = Offloader(self.layers, pages, config, on_restore=self._restore)
+        for index in range(len(self.layers)):
+            self._page(index)
+        self._guard_model(model)
+        vars(model)["_moe_offload"] = self
+        closer = weakref.finalize(model, self.offloader.close)  # a dead model leaves no threads
+        self._undo.append(closer.detach)
+        return self.offloader
+
+    def _page(self, index: int) -> None:
+        """Swap the class of one experts module and leave placeholders for its parameters."""
+        layer = self.layers[index]
+        module = experts_module(layer)
+        for name in list(module._parameters):
+            del module._parameters[name]
+        for name, (shape, dtype) in layer.tensors.items():
+            placeholder = torch.empty((layer.num_experts, *shape), dtype=dtype, device="meta")
+            object.__setattr__(module, name, placeholder)
+        assert self.offloader is not None
+        object.__setattr__(module, "_moe_offload_handle", self.offloader.handle(index))
+        module.__class__ = _offloaded_class(type(module))
+
+    def _unpage(self, index: int, parameters: dict[str, nn.Parameter | None]) -> None:
+        layer = self.layers[index]
+        module = experts_module(layer)
+        module.__class__ = vars(type(module))["_moe_offload_original"]
+        for name in ("_moe_offload_handle", *layer.tensors):
+            vars(module).pop(name, None)
+        module._parameters.update(parameters)
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Run the model on its own parameters for a while (live models only; used by verify)."""
+        assert self.holds_parameters
+        for index, parameters in enumerate(self._parameters):
+            self._unpage(index, parameters)
+        try:
+            yield
+        finally:
+            for index in range(len(self.layers)):
+                self._page(index)
+
+    def _restore(self, offloader: Offloader) -> None:
+        """Offloader.restore() calls this; any error leaves the model offloaded and working."""
+        model = self.model()
+        if model is None:
+            raise StateError("the model of this offloader no longer exists; nothing to restore")
+        if self._before_restore is not None:
+            self._before_restore()
+        parameters = self._parameters
+        if self._load_tensors is not None:
+            parameters = [
+                {name: nn.Parameter(tensor) for name, tensor in self._load_tensors(index).items()}
+                for index in range(len(self.layers))
+            ]
+        for index, layer_parameters in enumerate(parameters):
+            self._unpage(index, layer_parameters)
+        for undo in self._undo:
+            undo()
+        del vars(model)["_moe_offload"]
+
+    def _guard_model(self, model: nn.Module) -> None:
+        """Refuse what would silently lose or mix experts; everything here is undone by restore."""
+        layer_names = [layer.name for layer in self.layers]
+        for name, module in model.named_modules():
+            holds_experts = any(not name or layer.startswith(f"{name}.") for layer in layer_names)
+            if holds_experts and hasattr(module, "save_pretrained"):
+                self._shadow(module, "save_pretrained", _refuse_save)
+        dtypes = {dtype for layer in self.layers for _, dtype in layer.tensors.values()}
+        self._shadow(model, "_apply", _guarded_apply(self.model, dtypes))
+        limit = _context_length(model)
+        if limit is not None:
+            hook = functools.partial(_check_length, limit)
+            self._undo.append(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _shadow(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        attributes, missing = vars(module), object()
+        before = attributes.get(name, missing)
+        attributes[name] = function
+
+        def undo() -> None:
+            if before is missing:
+                del attributes[name]
+            else:
+                attributes[name] = before
+
+        self._undo.append(undo)
+
+    def __reduce__(self) -> Any:
+        raise _no_copies()
+
+
+def _refuse_save(*args: Any, **kwargs: Any) -> None:
+    raise StateError(
+        "save_pretrained would write a checkpoint without its experts: they are offloaded. Call "
+        f"{_RESTORE} first, then save."
+    )
+
+
+def _no_copies() -> StateError:
+    return StateError(
+        "an offloaded model cannot be copied or pickled: its experts live in a pager. Call "
+        f"{_RESTORE} first, or load a second model."
+    )
+
+
+def _guarded_apply(reference: weakref.ref[nn.Module], dtypes: set[torch.dtype]) -> Callable:
+    """Stand-in for `Module._apply`, which `.to(dtype)`, `.half()`, `.bfloat16()` end in."""
+
+    def _apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        model = reference()
+        assert model is not None
+        for dtype in dtypes:
+            if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
+                raise StateError(
+                    f"changing the dtype of an offloaded model would leave its experts in {dtype}. "
+                    f"Call {_RESTORE} first, or load with from_pretrained(..., dtype=...)."
+                )
+        return type(model)._apply(model, fn, recurse)
+
+    return _apply
+
+
+def _context_length(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _check_length(limit: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuse a prompt the model has no positions for; costs nothing on single-token steps.
+
+    Single tokens generated past the limit are left to transformers, which warns about them.
+    """
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2 or tokens.shape[1] == 1:
+        return
+    cache = kwargs.get("past_key_values")
+    length = tokens.shape[1] + (int(cache.get_seq_length()) if cache is not None else 0)
+    if length <= limit:
+        return
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, Tensor) and int(positions.max()) < limit:
+        return  # mostly padding: no token stands beyond the limit
+    raise ValueError(
+        f"{type(model).__name__}: a prompt of {length} tokens exceeds the model's context of "
+        f"{limit} (max_position_embeddings). Shorten the prompt, or truncate it in the tokenizer "
+        f"with truncation=True, max_length={limit}."
+    )
+
+
+@functools.cache
+def _offloaded_class(cls: Any) -> Any:
+    """The paging twin of an experts class: same name, module and repr, another forward."""
+    parameters = list(inspect.signature(cls.forward).parameters)[1:]
+    if len(parameters) != 3:
+        raise UnsupportedModelError(
+            f"{cls.__name__}.forward takes {parameters}; expected three arguments (hidden states, "
+            "expert ids, expert weights). This family is not supported yet."
+        )
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs or len(args) != 3:  # gpt-oss names its arguments differently; bind by its names
+            args = _bind(parameters, args, kwargs)
+        return run_experts(self._moe_offload_handle, self, *args)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        raise _no_copies()
+
+    body = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_moe_offload_original": cls,
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+    }
+    return type(cls.__name__, (cls,), body)
+
+
+def _bind(names: list[str], args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if len(args) > len(names) or set(given) != set(names) or len(args) + len(kwargs) != 3:
+        raise TypeError(
+            f"experts: expected the arguments {', '.join(names)}, got {len(args)} by position and "
+            f"{sorted(kwargs)} by name"
+        )
+    return tuple(given[name] for name in names)
