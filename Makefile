@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Warnings are errors here, and only here: a user's newer compiler may know new ones.
 export CMAKE_ARGS := -DMOE_OFFLOAD_WERROR=ON
 # pip takes its versions from here in every call; the constraint must be in the same call as torch.
-PIP := $(VENV)/bin/python -m pip --quiet install --constraint constraints.txt
+PIP := $(VENV)/bin/python -m pip -qq install --constraint constraints.txt
 
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS = setup.py CMakeLists.txt $(filter csrc/paging/% csrc/bindings.cpp,$(CPP_FILES))
@@ -43,10 +43,12 @@ cpp-test-address: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=a
 cpp-test-thread: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=thread
 .PHONY: cpp-test-release cpp-test-address cpp-test-thread
 cpp-test-release cpp-test-address cpp-test-thread: $(VENV)/tools.stamp
-	cmake -S . -B build/$@ -G Ninja $(CPP_FLAGS) $(CMAKE_ARGS) -DMOE_OFFLOAD_PYTHON=OFF \
+	@mkdir -p build
+	@echo "C++ tests: $(CPP_FLAGS)"
+	@cmake -S . -B build/$@ -G Ninja $(CPP_FLAGS) $(CMAKE_ARGS) -DMOE_OFFLOAD_PYTHON=OFF \
 		-DMOE_OFFLOAD_TESTS=ON > build/$@.log || { cat build/$@.log; exit 1; }
-	cmake --build build/$@ --parallel $(JOBS)
-	ctest --test-dir build/$@ --output-on-failure --no-tests=error
+	@cmake --build build/$@ --parallel $(JOBS)
+	@ctest --test-dir build/$@ --output-on-failure --no-tests=error
 
 py-test: install
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
@@ -58,17 +60,18 @@ install: $(VENV)/install.stamp
 
 # Editable and not isolated, so that it compiles with the pinned tools and only what changed.
 $(VENV)/install.stamp: $(VENV)/tools.stamp pyproject.toml $(BUILD_INPUTS)
-	$(PIP) --no-build-isolation --editable '.[hf,dev]'
-	touch $@
+	@echo "Installing moe_offload and what it needs into $(VENV); torch is the large part."
+	@$(PIP) --no-build-isolation --editable '.[hf,dev]'
+	@touch $@
 
 $(VENV)/tools.stamp: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "moe_offload needs Python >= 3.10, got \`$$($(PYTHON) --version 2>&1)\`:" \
 			"run make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip setuptools pybind11 cmake ninja
-	mkdir -p build
-	touch $@
+	@echo "Making $(VENV) with $$($(PYTHON) --version) and the build tools."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip setuptools pybind11 cmake ninja
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
