@@ -1,14 +1,16 @@
 """The package as users get it: what a source distribution, a wheel and an editable install hold.
 
-One fixture makes the source distribution, unpacks it and builds the wheel and the editable wheel
-there, so a file missing from the distribution shows up as a failed build. The results are imported
-by an interpreter without site-packages (`python -S`): neither torch nor the environment's own
-moe_offload can hide a mistake. The native module is compiled without optimisation, for time.
+One fixture makes the source distribution of a clean copy (an old egg-info would lend it its list of
+files), unpacks it and builds the wheel and the editable wheel there, so a file missing from the
+distribution shows up as a failed build. The results are imported by an interpreter without
+site-packages (`python -S`): neither torch nor the environment's own moe_offload can hide a mistake.
+The native module is compiled without optimisation, for time.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -69,7 +71,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     pytest.importorskip("cmake", reason="building needs cmake (pip install -e '.[dev]')")
 
     work = tmp_path_factory.mktemp("packaging")
-    with tarfile.open(build("sdist", ROOT, work / "sdist")) as archive:
+    others = shutil.ignore_patterns(".*", "build", "dist", "bench", "*.egg-info", "*.so")
+    shutil.copytree(ROOT, work / "clean", symlinks=True, ignore=others)
+    with tarfile.open(build("sdist", work / "clean", work / "sdist")) as archive:
         sdist_names = {name.partition("/")[2] for name in archive.getnames()}
         archive.extractall(work / "unpacked", filter="data")
     (source,) = (work / "unpacked").iterdir()
