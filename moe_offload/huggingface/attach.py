@@ -138,9 +138,8 @@ class Attachment:
         model = self.model()
         assert model is not None
         for layer in self.layers:
-            _offloaded_class(
-                type(experts_module(layer))
-            )  # refuses odd signatures before anything changes
+            module: Any = experts_module(layer)
+            _offloaded_class(module.__class__)  # refuses odd signatures before any change
         self.offloader = Offloader(self.layers, pages, config, on_restore=self._restore)
         for index in range(len(self.layers)):
             self._page(index)
@@ -153,7 +152,7 @@ class Attachment:
     def _page(self, index: int) -> None:
         """Swap the class of one experts module and leave placeholders for its parameters."""
         layer = self.layers[index]
-        module = experts_module(layer)
+        module: Any = experts_module(layer)
         for name in list(module._parameters):
             del module._parameters[name]
         for name, (shape, dtype) in layer.tensors.items():
@@ -161,7 +160,7 @@ class Attachment:
             object.__setattr__(module, name, placeholder)
         assert self.offloader is not None
         object.__setattr__(module, "_moe_offload_handle", self.offloader.handle(index))
-        module.__class__ = _offloaded_class(type(module))
+        module.__class__ = _offloaded_class(module.__class__)
 
     def _unpage(self, index: int, parameters: dict[str, nn.Parameter | None]) -> None:
         layer = self.layers[index]
@@ -183,7 +182,7 @@ class Attachment:
             for index in range(len(self.layers)):
                 self._page(index)
 
-    def _restore(self, offloader: Offloader) -> None:
+    def _restore(self) -> None:
         """Offloader.restore() calls this; any error leaves the model offloaded and working."""
         model = self.model()
         if model is None:
@@ -207,8 +206,9 @@ class Attachment:
         layer_names = [layer.name for layer in self.layers]
         for name, module in model.named_modules():
             holds_experts = any(not name or layer.startswith(f"{name}.") for layer in layer_names)
-            if holds_experts and hasattr(module, "save_pretrained"):
-                self._shadow(module, "save_pretrained", _refuse_save)
+            for method in ("save_pretrained", "push_to_hub"):
+                if holds_experts and hasattr(module, method):
+                    self._shadow(module, method, _refuse_save)
         dtypes = {dtype for layer in self.layers for _, dtype in layer.tensors.values()}
         self._shadow(model, "_apply", _guarded_apply(self.model, dtypes))
         limit = _context_length(model)
@@ -235,8 +235,8 @@ class Attachment:
 
 def _refuse_save(*args: Any, **kwargs: Any) -> None:
     raise StateError(
-        "save_pretrained would write a checkpoint without its experts: they are offloaded. Call "
-        f"{_RESTORE} first, then save."
+        "save_pretrained and push_to_hub would write a checkpoint without its experts: they are "
+        f"offloaded. Call {_RESTORE} first, then save."
     )
 
 

@@ -85,8 +85,7 @@ class CheckpointExperts:
         for recipe in recipes:
             self._check_sources(recipe)
         self._check_complete()
-        if not all(self._direct_pieces(i, 0) for i in range(len(layers))):
-            self._check_conversions()
+        self._check_conversions()
 
     def _classify_keys(self, model: Any, weight_mapping: list[Any]) -> list[_Recipe]:
         """Split the checkpoint's keys into experts and dense, by transformers' own renaming."""
@@ -114,24 +113,47 @@ class CheckpointExperts:
         num_experts = self.layers[index].num_experts
         if recipe.merges_experts():
             for pattern, keys in recipe.sources.items():
-                present = _expert_numbers(keys)
-                missing = sorted(set(range(num_experts)) - set(present))
-                if missing or present != list(range(num_experts)):
-                    wrong = f"experts {missing} are missing" if missing else f"found {present}"
-                    raise CheckpointError(
-                        f"{self.checkpoint.location}: {recipe.first_target} needs {num_experts} "
-                        f"tensors {pattern}, one per expert; {wrong}. The checkpoint is "
-                        "incomplete or belongs to another config.json."
-                    )
+                self._check_per_expert(recipe.first_target, pattern, keys, num_experts)
         elif recipe.converter is None and len(recipe.sources) > 1:
             raise CheckpointError(
                 f"{self.checkpoint.location}: {', '.join(recipe.sources)} all claim to be "
                 f"{recipe.first_target}. Keep one of them."
             )
+        else:
+            for (key,) in recipe.sources.values():
+                shape = self.checkpoint.tensors[key].shape
+                if not shape or shape[0] != num_experts:
+                    raise CheckpointError(
+                        f"{self.checkpoint.location}: {key} must hold {num_experts} experts along "
+                        f"its first dimension, its shape is {shape}. Weights and config.json do "
+                        "not belong together."
+                    )
         for target in self._recipe_targets(recipe):
             if target in self._targets:
                 layer, section = self._targets[target]
                 self._recipes[layer][section] = recipe
+
+    def _check_per_expert(
+        self, target: str, pattern: str, keys: list[str], num_experts: int
+    ) -> None:
+        """Each expert once, in order, all of one shape: list position is the expert's id."""
+        present = _expert_numbers(keys)
+        if present != list(range(num_experts)):
+            missing = sorted(set(range(num_experts)) - set(present))
+            wrong = f"experts {missing} are missing" if missing else f"found {present}"
+            raise CheckpointError(
+                f"{self.checkpoint.location}: {target} needs {num_experts} tensors {pattern}, one "
+                f"per expert; {wrong}. The checkpoint is incomplete or belongs to another "
+                "config.json."
+            )
+        shapes = [self.checkpoint.tensors[key].shape for key in keys]
+        usual = max(set(shapes), key=shapes.count)
+        for key, shape in zip(keys, shapes, strict=True):
+            if shape != usual:
+                raise CheckpointError(
+                    f"{self.checkpoint.location}: {key} has shape {shape}, the same tensor of "
+                    f"other experts {usual}. The checkpoint is damaged; download it again."
+                )
 
     def _recipe_targets(self, recipe: _Recipe) -> list[str]:
         if recipe.converter is None:
@@ -156,6 +178,8 @@ class CheckpointExperts:
     def _check_conversions(self) -> None:
         """Run every conversion once on meta tensors: shapes come out right or it is refused."""
         for index, layer in enumerate(self.layers):
+            if self._direct_pieces(index, 0) is not None:
+                continue  # byte counts agree, nothing to convert
             made = self._make(index, 0, on_meta=True)
             for section, (shape, _) in layer.tensors.items():
                 if tuple(made[section].shape) != shape:
