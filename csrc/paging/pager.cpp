@@ -146,6 +146,7 @@ std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> e
             item.load = std::make_shared<Load>();
             item.load->page = page;
             item.load->demanded = true;
+            item.owns_load = true;
             misses.push_back(static_cast<int32_t>(i));
         }
     }
@@ -176,7 +177,11 @@ void Pager::join(const std::shared_ptr<Load>& load, LayerCounters& counters) {
 
 // Gives slots to the misses of a ticket. The placed ones keep their slots afterwards; the others
 // pass through the same slots before them, chained in the order the slots come free.
-void Pager::schedule_misses(Ticket& ticket, const std::vector<int32_t>& misses) {
+void Pager::schedule_misses(Ticket& ticket, std::vector<int32_t> misses) {
+    // Those placed are the last ones, so what the policy prefers goes to the end.
+    std::stable_partition(misses.begin(), misses.end(), [&](int32_t index) {
+        return !table_.prefers(ticket.items_[static_cast<size_t>(index)].load->page);
+    });
     std::vector<SlotIndex> slots;
     std::vector<int32_t> heads;  // item that holds each slot first; -1: nobody yet
     const size_t wanted = std::min(misses.size(), admit_limit_);
@@ -469,6 +474,7 @@ void Pager::serve_starved() {
         const PageIndex page = item.load->page;
         if (loads_[page]) {  // somebody else fetched it meanwhile
             item.load = loads_[page];
+            item.owns_load = false;
             item.load->demanded = true;
             table_.touch(page);
             table_.pin(item.load->slot);
@@ -538,6 +544,7 @@ void Pager::retry_abandoned(Ticket& ticket, Ticket::Item& item) {
     item.load = std::make_shared<Load>();
     item.load->page = page;
     item.load->demanded = true;
+    item.owns_load = true;
     starved_.emplace_back(&ticket, static_cast<int32_t>(&item - ticket.items_.data()));
     serve_starved();
 }
@@ -575,7 +582,7 @@ void Pager::close(Ticket& ticket) {
         if (item.released || load.slot == kNoSlot) continue;
         item.released = true;
         // Chained behind others and never started: nobody will fetch it now.
-        if (load.state == Load::State::kPending) {
+        if (item.owns_load && load.state == Load::State::kPending) {
             if (loads_[load.page] == item.load) forget(load.page);
             load.state = Load::State::kAbandoned;
         }

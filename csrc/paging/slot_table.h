@@ -30,6 +30,7 @@ class SlotTable {
     size_t num_free() const { return free_.size(); }
 
     void touch(PageIndex page) { policy_->touch(page); }
+    bool prefers(PageIndex page) const { return policy_->prefers(page); }
     void pin(SlotIndex slot) { ++pins_[slot]; }
     void unpin(SlotIndex slot);
 

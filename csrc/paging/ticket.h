@@ -55,6 +55,7 @@ class Ticket {
     struct Item {
         std::shared_ptr<Load> load;
         int32_t successor = -1;  // item whose page takes this slot when this one is released
+        bool owns_load = false;  // this ticket has to start the copy, nobody else will
         bool delivered = false;
         bool released = false;
     };

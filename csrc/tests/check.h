@@ -58,8 +58,8 @@ void run(const char* name, F&& test) {
 
 #define CHECK_EQ(got, want)                                                                    \
     do {                                                                                       \
-        const auto& check_got = (got);                                                         \
-        const auto& check_want = (want);                                                       \
+        const auto check_got = (got);                                                          \
+        const auto check_want = (want);                                                        \
         if (!(check_got == check_want))                                                        \
             ::check::fail(__FILE__, __LINE__,                                                  \
                           std::string(#got " == " #want ", got ") + ::check::show(check_got) + \

@@ -28,6 +28,8 @@ class EvictionPolicy {
     virtual void touch(PageIndex page) = 0;
     virtual void erase(PageIndex page) = 0;
     virtual PageIndex victim(const MayEvict& may_evict) const = 0;
+    // A page that should stay rather than pass through when not all of a request can stay.
+    virtual bool prefers(PageIndex) const { return false; }
 };
 
 // "lru", "lfu" or "static" (keeps `kept` resident for ever). Throws std::invalid_argument.

@@ -11,6 +11,7 @@ class Static final : public Lru {
   public:
     Static(size_t num_pages, const std::vector<PageIndex>& kept);
     PageIndex victim(const MayEvict& may_evict) const override;
+    bool prefers(PageIndex page) const override { return kept_[page]; }
 
   private:
     std::vector<bool> kept_;

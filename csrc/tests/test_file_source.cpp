@@ -1,0 +1,154 @@
+// Byte ranges of real files: any alignment, direct and buffered, and every way a file can go wrong.
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <random>
+
+#include "check.h"
+#include "paging/errors.h"
+#include "paging/file_source.h"
+
+using namespace moe_offload;
+namespace fs = std::filesystem;
+
+namespace {
+
+std::vector<char> random_bytes(size_t count, unsigned seed) {
+    std::mt19937 random(seed);
+    std::vector<char> bytes(count);
+    for (char& byte : bytes) byte = static_cast<char>(random());
+    return bytes;
+}
+
+void write_file(const fs::path& path, const std::vector<char>& bytes) {
+    std::ofstream(path, std::ios::binary).write(bytes.data(), std::streamsize(bytes.size()));
+}
+
+// A directory that is gone again at the end of the test.
+struct TemporaryDirectory {
+    fs::path path;
+    TemporaryDirectory() {
+        std::string name = (fs::temp_directory_path() / "moe_offload_XXXXXX").string();
+        if (::mkdtemp(name.data()) == nullptr) std::abort();
+        path = name;
+    }
+    ~TemporaryDirectory() { fs::remove_all(path); }
+};
+
+std::vector<char> read_page(const FileSource& source, size_t page_bytes, size_t chunk_bytes,
+                            uint64_t* disk_bytes = nullptr) {
+    std::vector<char> page(page_bytes, 'x');
+    Scratch scratch;
+    for (const Chunk& chunk : source.chunks(0, 0, chunk_bytes)) {
+        CHECK(chunk.nbytes <= chunk_bytes);
+        const uint64_t read =
+            source.read(0, 0, chunk, reinterpret_cast<std::byte*>(page.data()), scratch);
+        if (disk_bytes != nullptr) *disk_bytes += read;
+    }
+    return page;
+}
+
+void any_ranges_arrive_where_they_belong() {
+    const TemporaryDirectory directory;
+    const auto a = random_bytes(300'001, 1), b = random_bytes(70'000, 2);
+    write_file(directory.path / "a", a);
+    write_file(directory.path / "b", b);
+    std::mt19937 random(3);
+    for (int round = 0; round < 300; ++round) {
+        const bool direct = round % 2 == 0;
+        FileSource source({directory.path / "a", directory.path / "b"}, direct);
+        std::vector<FileSegment> segments;
+        uint64_t position = 0;
+        for (unsigned i = 0; i < 1 + random() % 5; ++i) {
+            const auto file = static_cast<int32_t>(random() % 2);
+            const auto& bytes = file == 0 ? a : b;
+            uint64_t offset = random() % bytes.size();
+            if (!segments.empty() && random() % 2 == 0 && segments.back().file == file)
+                offset = segments.back().offset + segments.back().nbytes;  // touching
+            const uint64_t nbytes = std::min<uint64_t>(random() % 50'000, bytes.size() - offset);
+            segments.push_back({file, offset, nbytes, position});
+            position += nbytes + random() % 300;
+        }
+        source.add_page(0, 0, segments);
+        const auto page = read_page(source, position + 1, 4096 * (1 + random() % 8));
+        std::vector<char> expected(position + 1, 'x');
+        for (const FileSegment& s : segments)
+            std::copy_n((s.file == 0 ? a : b).begin() + std::ptrdiff_t(s.offset), s.nbytes,
+                        expected.begin() + std::ptrdiff_t(s.page_offset));
+        CHECK(page == expected);
+    }
+}
+
+void touching_ranges_are_read_once() {
+    const TemporaryDirectory directory;
+    write_file(directory.path / "f", random_bytes(1 << 20, 4));
+    FileSource source({directory.path / "f"}, true);
+    // Three tensors of 100 000 bytes back to back, in another order than on disk.
+    source.add_page(
+        0, 0,
+        {{0, 200'123, 100'000, 0}, {0, 123, 100'000, 100'096}, {0, 100'123, 100'000, 200'192}});
+    CHECK_EQ(source.chunks(0, 0, 1 << 20).size(), 1u);
+    uint64_t disk_bytes = 0;
+    read_page(source, 300'192, 65536, &disk_bytes);
+    CHECK(disk_bytes >= 300'000);
+    CHECK(disk_bytes <= 300'000 + 2 * Scratch::kAlign);  // no block between chunks is read twice
+}
+
+void missing_truncated_changed_and_deleted_files() {
+    const TemporaryDirectory directory;
+    const fs::path path = directory.path / "weights";
+    CHECK_THROWS(PageReadError, "cannot open " + path.string(), FileSource({path}, true));
+
+    const auto bytes = random_bytes(50'000, 5);
+    for (const bool direct : {true, false}) {
+        write_file(path, bytes);
+        FileSource source({path}, direct);
+        CHECK_THROWS(PageReadError, "is truncated: layer 3 expert 4 needs bytes 40000 to 60000",
+                     source.add_page(3, 4, {{0, 40'000, 20'000, 0}}));
+        CHECK_THROWS(std::invalid_argument, "no file with index 1",
+                     source.add_page(0, 0, {{1, 0, 1, 0}}));
+        source.add_page(0, 0, {{0, 100, 40'000, 0}});
+        read_page(source, 40'000, 4096);
+
+        fs::resize_file(path, 30'000);
+        CHECK_THROWS(PageReadError, "changed while in use", read_page(source, 40'000, 4096));
+
+        // Put back byte for byte, with its time stamp: usable again.
+        write_file(path, bytes);
+        FileSource again({path}, direct);
+        again.add_page(0, 0, {{0, 100, 40'000, 0}});
+        const auto time = fs::last_write_time(path);
+        write_file(path, random_bytes(50'000, 6));
+        fs::last_write_time(path, time + std::chrono::seconds(1));
+        CHECK_THROWS(PageReadError, "changed while in use", read_page(again, 40'000, 4096));
+        write_file(path, bytes);
+        fs::last_write_time(path, time);
+        CHECK(std::equal(bytes.begin() + 100, bytes.begin() + 40'100,
+                         read_page(again, 40'000, 4096).begin()));
+
+        // A deleted file lives on as long as it is open.
+        CHECK(!again.any_deleted());
+        fs::remove(path);
+        CHECK(again.any_deleted());
+        CHECK(std::equal(bytes.begin() + 100, bytes.begin() + 40'100,
+                         read_page(again, 40'000, 4096).begin()));
+    }
+}
+
+void io_mode_says_how_files_are_read() {
+    const TemporaryDirectory directory;
+    write_file(directory.path / "f", random_bytes(10, 7));
+    CHECK_EQ(FileSource({directory.path / "f"}, false).io_mode(), std::string("buffered"));
+    const std::string mode = FileSource({directory.path / "f"}, true).io_mode();
+    CHECK(mode == "direct" || mode == "buffered");  // tmpfs may have no O_DIRECT
+}
+
+}  // namespace
+
+int main() {
+    RUN(any_ranges_arrive_where_they_belong);
+    RUN(touching_ranges_are_read_once);
+    RUN(missing_truncated_changed_and_deleted_files);
+    RUN(io_mode_says_how_files_are_read);
+}
