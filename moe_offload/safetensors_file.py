@@ -297,7 +297,7 @@ class Checkpoint:
             offset += row * nbytes
             shape = (1, *shape[1:])
         out = torch.empty(nbytes, dtype=torch.uint8)
-        self._read_into(tensor.path, offset, memoryview(out.numpy()), name)
+        self._read_into(tensor.path, offset, out.numpy().data, name)
         return out.view(tensor.dtype).reshape(shape)
 
     def _read_into(self, path: str, offset: int, out: memoryview, name: str) -> None:

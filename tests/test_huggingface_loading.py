@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_offload
+from moe_offload import memory
 from moe_offload.errors import BudgetError, CheckpointError, StateError, UnsupportedModelError
-from moe_offload.huggingface import loading, memory
+from moe_offload.huggingface import loading
 from moe_offload.safetensors_file import Checkpoint, read_header
 
 

@@ -63,13 +63,20 @@ def offload(model: nn.Module, device_budget: int | str = "25%", **options: Any) 
 
 def get_offloader(model: nn.Module) -> Offloader:
     """The Offloader of a model; StateError when the model is not offloaded."""
+    offloader = get_attachment(model).offloader
+    assert offloader is not None
+    return offloader
+
+
+def get_attachment(model: nn.Module) -> Attachment:
+    """What was changed in an offloaded model; StateError when it is not offloaded."""
     attachment = vars(model).get("_moe_offload") if isinstance(model, nn.Module) else None
-    if attachment is None or attachment.offloader is None:
+    if attachment is None:
         raise StateError(
             f"{type(model).__name__} is not offloaded. Use moe_offload.offload(model, "
             "device_budget=...) or moe_offload.from_pretrained(...), and pass that same model."
         )
-    return attachment.offloader
+    return attachment
 
 
 def _refuse_training(model: nn.Module, layers: list[ExpertLayer]) -> None:

@@ -26,7 +26,7 @@ from moe_offload.errors import CheckpointError, StateError, UnsupportedModelErro
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
 from moe_offload.huggingface.attach import Attachment
 from moe_offload.huggingface.checkpoint import CheckpointExperts
-from moe_offload.huggingface.memory import available_memory_bytes
+from moe_offload.memory import available_memory_bytes
 from moe_offload.offloader import ExpertLayer
 from moe_offload.safetensors_file import Checkpoint
 
