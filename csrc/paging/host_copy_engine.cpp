@@ -33,6 +33,7 @@ void HostCopyEngine::stop() {
 void HostCopyEngine::submit(std::shared_ptr<CopyJob> job) {
     {
         std::lock_guard lock(mutex_);
+        if (stopping_) return;  // dropped, as everything that was queued
         (job->priority == Priority::kDemand ? demand_ : prefetch_).push_back(std::move(job));
     }
     work_ready_.notify_all();  // every idle worker can take a chunk of the same job

@@ -109,11 +109,13 @@ void stop_waits_for_running_chunks_and_drops_the_rest() {
     const auto source = std::make_shared<FakeSource>(kBytes);
     source->set_gate(false);
     auto engine = std::make_unique<HostCopyEngine>(source, 1, 4096);
-    Copy running(1, Priority::kDemand), queued(2, Priority::kDemand);
+    Copy running(1, Priority::kDemand), queued(2, Priority::kPrefetch);
     engine->submit(running.job);
     source->wait_for_arrivals(1);
     engine->submit(queued.job);
     auto stopping = std::async(std::launch::async, [&] { engine->stop(); });
+    // A queued prefetch can be cancelled until stop() has dropped it.
+    while (engine->cancel(queued.job) == CopyEngine::Cancelled::kGone) engine->submit(queued.job);
     source->set_gate(true);
     stopping.wait();
     CHECK_EQ(running.done.get_future().get().bytes, kBytes);
