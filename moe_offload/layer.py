@@ -93,25 +93,12 @@ def _run(
     starts = [0, *ends[:-1]]
     routed = [i for i, expert in enumerate(experts) if 0 <= expert < handle.num_experts]
 
-    views = handle.pool.views
-    out: Tensor | None = None
+    ffn = _ExpertFfn(module, handle.pool.views, rows)
     with handle.pool.pager.acquire(handle.layer, [experts[i] for i in routed]) as ticket:
         while ready := ticket.next():
-            groups = [(starts[routed[i]], ends[routed[i]], slot) for i, slot in ready]
-            if len(ready) == len(experts):
-                out = _expert_ffn(module, views, rows, groups)
-            else:  # some are still on their way, or not ours
-                part = torch.cat([rows[start:end] for start, end, _ in groups])
-                packed, position = [], 0
-                for start, end, slot in groups:
-                    packed.append((position, position + end - start, slot))
-                    position += end - start
-                part = _expert_ffn(module, views, part, packed)
-                if out is None:
-                    out = part.new_zeros(rows.shape[0], part.shape[1])
-                for (start, end, _), (first, last, _) in zip(groups, packed, strict=True):
-                    out[start:end] = part[first:last]
+            ffn.compute([(starts[routed[i]], ends[routed[i]], slot) for i, slot in ready])
             ticket.release([i for i, _ in ready])
+    out = ffn.out
     if out is None:  # no token was routed to any of our experts
         return torch.zeros_like(hidden)
 
@@ -125,29 +112,68 @@ def _run(
 Group = tuple[int, int, int]  # first row, end row, slot
 
 
-def _expert_ffn(
-    module: Any, views: Mapping[str, Tensor], rows: Tensor, groups: list[Group]
-) -> Tensor:
-    """Both projections and the activation for rows [R, H] that lie in `groups`, in order."""
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _grouped_linear(module, views, name, rows, groups)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    return _grouped_linear(module, views, "down_proj", inner, groups)
+# Up to this many elements the activation is applied to all rows at once, see _ExpertFfn. Each
+# arrival then repeats it: 0.1 ms at most, against milliseconds for reading an expert's weights.
+_WHOLE_ACTIVATION_ELEMENTS = 128 * 1024
 
 
-def _grouped_linear(
-    module: Any, views: Mapping[str, Tensor], name: str, rows: Tensor, groups: list[Group]
-) -> Tensor:
-    weight = views[name]  # [S, N, K], or [S, K, N] when transposed
-    rows = rows.to(weight.dtype)
-    out = rows.new_empty(rows.shape[0], weight.shape[2 if module.is_transposed else 1])
-    bias = views[f"{name}_bias"] if module.has_bias else None
-    for start, end, slot in groups:
-        matrix = weight[slot] if module.is_transposed else weight[slot].t()
-        torch.mm(rows[start:end], matrix, out=out[start:end])
-        if bias is not None:
-            out[start:end] += bias[slot]
-    return out
+class _ExpertFfn:
+    """Both projections and the activation for rows sorted by expert, a few experts at a time.
+
+    Results must not depend on which experts come together. Two things in the libraries below
+    would break that. BLAS chooses instructions by the alignment of its operands: so every
+    expert's rows keep their place in full-size buffers, whenever they are computed. And torch's
+    elementwise loops treat the ends of a tensor with scalar functions that differ from the vector
+    ones in the last bit (seen with SiLU in fp32): so the activation is applied either always to
+    the whole buffer, as the resident model does, or, when that is large, always expert by expert.
+
+    Rows that belong to no group stay zero.
+
+    Args:
+        rows: [R, H], sorted by expert.
+    """
+
+    def __init__(self, module: Any, views: Mapping[str, Tensor], rows: Tensor) -> None:
+        self._module, self._views = module, views
+        self._up = "gate_up_proj" if module.has_gate else "up_proj"
+        self._rows = rows.to(views[self._up].dtype)
+        self._up_out: Tensor | None = None  # [R, 2F] or [R, F]
+        self._inner: Tensor | None = None  # [R, F]
+        self.out: Tensor | None = None  # [R, H]
+
+    def compute(self, groups: list[Group]) -> None:
+        """Fill `out` for the rows of these experts."""
+        self._up_out = self._linear(self._up, self._rows, groups, self._up_out)
+        if self._up_out.numel() <= _WHOLE_ACTIVATION_ELEMENTS:
+            self._inner = self._activate(self._up_out)  # rows not here yet are repeated later
+        else:
+            for start, end, _ in groups:
+                part = self._activate(self._up_out[start:end])
+                if self._inner is None:
+                    self._inner = part.new_empty(len(self._rows), part.shape[1])
+                self._inner[start:end] = part
+        assert self._inner is not None, "a ticket delivers at least one expert at a time"
+        self.out = self._linear("down_proj", self._inner, groups, self.out)
+
+    def _activate(self, up_out: Tensor) -> Tensor:
+        module = self._module
+        activated: Tensor = module._apply_gate(up_out) if module.has_gate else module.act_fn(up_out)
+        return activated
+
+    def _linear(self, name: str, rows: Tensor, groups: list[Group], out: Tensor | None) -> Tensor:
+        weight = self._views[name]  # [S, N, K], or [S, K, N] when transposed
+        transposed = self._module.is_transposed
+        rows = rows.to(weight.dtype)
+        if out is None:
+            shape = (len(rows), weight.shape[2 if transposed else 1])
+            out = rows.new_zeros(shape)
+        bias = self._views[f"{name}_bias"] if self._module.has_bias else None
+        for start, end, slot in groups:
+            matrix = weight[slot] if transposed else weight[slot].t()
+            torch.mm(rows[start:end], matrix, out=out[start:end])
+            if bias is not None:
+                out[start:end] += bias[slot]
+        return out
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
