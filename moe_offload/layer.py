@@ -93,8 +93,8 @@ def _run(
     starts = [0, *ends[:-1]]
     routed = [i for i, expert in enumerate(experts) if 0 <= expert < handle.num_experts]
 
-    ffn = _ExpertFfn(module, handle.pool.views, rows)
     with handle.pool.pager.acquire(handle.layer, [experts[i] for i in routed]) as ticket:
+        ffn = _ExpertFfn(module, handle.pool.views, rows)  # no resize while a ticket is open
         while ready := ticket.next():
             ffn.compute([(starts[routed[i]], ends[routed[i]], slot) for i, slot in ready])
             ticket.release([i for i, _ in ready])
