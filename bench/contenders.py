@@ -1,0 +1,210 @@
+"""One contender per process: loads its model, then generates greedily when it is told to.
+
+The parent (end_to_end.py) starts `python bench/contenders.py NAME ...`, writes one JSON call per
+line to its standard input and reads one JSON answer per line; so models wait in memory while
+others run, and each process's peak memory and disk reads are its own. All contenders run the very
+same loop over `model(...)`; they differ only in how the model was loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import Row
+from limits import disk_read_bytes, drop_page_cache, files_under, memory_bytes
+
+Interval = tuple[float, float]
+
+
+class Contender:
+    """A loaded model and the calls the parent may make on it.
+
+    Args:
+        checkpoint: folder of the model.
+        budget: "25%" for moe_offload; None for a plain transformers model.
+        offload_folder: where accelerate keeps the experts; None for a resident model.
+    """
+
+    def __init__(self, checkpoint: Path, budget: str | None, offload_folder: Path | None) -> None:
+        import torch
+        import transformers
+        from transformers import OlmoeForCausalLM
+
+        self.torch = torch
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        if budget is not None:
+            importlib.import_module("moe_offload.huggingface")  # not part of loading
+        elif offload_folder is not None:
+            importlib.import_module("accelerate")
+        self.checkpoint, self.budget, self.offload_folder = checkpoint, budget, offload_folder
+        self.model: Any = None
+        self.offloader: Any = None
+        self._model_class = OlmoeForCausalLM
+        self._files: list[Path] = []
+
+    def load(self) -> Row:
+        """Load the model; answers with seconds, disk bytes and memory before and after."""
+        before, read_before = memory_bytes(), disk_read_bytes()
+        start = time.perf_counter()
+        if self.budget is not None:
+            import moe_offload
+
+            self.model = moe_offload.from_pretrained(self.checkpoint, device_budget=self.budget)
+            self.offloader = moe_offload.get_offloader(self.model)
+        elif self.offload_folder is not None:
+            self.model = self._model_class.from_pretrained(
+                self.checkpoint,
+                dtype="auto",
+                device_map=_experts_on_disk(self.checkpoint),
+                offload_folder=self.offload_folder,
+            )
+        else:
+            self.model = self._model_class.from_pretrained(self.checkpoint, dtype="auto")
+        self.model.eval()
+        seconds = time.perf_counter() - start
+        folders = [self.checkpoint, self.offload_folder]
+        self._files = files_under(*[folder for folder in folders if folder is not None])
+        return {
+            "seconds": seconds,
+            "disk_read_bytes": disk_read_bytes() - read_before,
+            "imports_memory_bytes": before,
+            "memory_bytes": memory_bytes(),
+            "experts_implementation": self.model.config._experts_implementation,
+            "stats": self._stats(),
+        }
+
+    def generate(self, prompt: list[int], new_tokens: int, drop_cache: bool) -> Row:
+        """Greedy tokens after `prompt`, with the time of each forward and what it moved.
+
+        With `drop_cache` the page cache of the model's files is dropped before each forward.
+        """
+        torch = self.torch
+        tokens: list[int] = []
+        seconds: list[float] = []
+        cache = None
+        feed = torch.tensor([prompt])
+        phases: Row = {}
+        self._reset()
+        read_before = disk_read_bytes()
+        for step in range(new_tokens + 1):  # the first is the prompt
+            if step == 1:
+                phases["prefill"] = self._phase(read_before)
+                self._reset()
+                read_before = disk_read_bytes()
+            if drop_cache:
+                drop_page_cache(self._files)
+            start = time.perf_counter()
+            with torch.no_grad():
+                out = self.model(
+                    input_ids=feed, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+            cache = out.past_key_values
+            feed = out.logits[:, -1].argmax(dim=-1, keepdim=True)
+            tokens.append(int(feed))
+            seconds.append(time.perf_counter() - start)
+        phases["decode"] = self._phase(read_before)
+        return {
+            "prompt_tokens": len(prompt),
+            "tokens": tokens,
+            "prefill_s": seconds[0],
+            "decode_s": seconds[1:],
+            **phases,
+        }
+
+    def memory(self) -> Row:
+        return dict(memory_bytes())
+
+    def _reset(self) -> None:
+        if self.offloader is not None:
+            self.offloader.reset_stats()
+
+    def _phase(self, read_before: int) -> Row:
+        return {
+            "disk_read_bytes": disk_read_bytes() - read_before,
+            "stats": self._stats(),
+            "copies": self._copies(),
+        }
+
+    def _stats(self) -> Row | None:
+        if self.offloader is None:
+            return None
+        stats = self.offloader.stats()
+        del stats["per_layer"]
+        return dict(stats)
+
+    def _copies(self) -> Row | None:
+        """Seconds in which demand copies were under way or the model waited for one."""
+        if self.offloader is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "timeline.json")
+            self.offloader.timeline(path)
+            events = json.loads(path.read_text())["traceEvents"]
+        spans: dict[str, list[Interval]] = {"demand_copy": [], "stall": []}
+        for event in events:
+            if event.get("cat") in spans:
+                begin = event["ts"] / 1e6
+                spans[event["cat"]].append((begin, begin + event["dur"] / 1e6))
+        copies, stalls = spans["demand_copy"], spans["stall"]
+        return {
+            "busy_s": _union(copies + stalls),
+            "copying_s": _union(copies),
+            "stalled_s": _union(stalls),
+            "num_copies": len(copies),
+        }
+
+
+def _union(spans: list[Interval]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _experts_on_disk(checkpoint: Path) -> dict[str, str]:
+    """accelerate's device map: every experts module on disk, everything else in memory."""
+    layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places["model.rotary_emb"] = "cpu"
+    for layer in range(layers):
+        for name in ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp.gate"):
+            places[f"model.layers.{layer}.{name}"] = "cpu"
+        places[f"model.layers.{layer}.mlp.experts"] = "disk"
+    return places
+
+
+def serve(target: Any) -> None:
+    """Answer calls until standard input ends. Prints of libraries go to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        call = json.loads(line)
+        method: Callable[..., Row] = getattr(target, call.pop("call"))
+        answers.write(json.dumps(method(**call)) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--budget", help="run with moe_offload; default: resident transformers")
+    kind.add_argument("--offload-folder", type=Path, help="run with accelerate disk offload")
+    arguments = parser.parse_args()
+    serve(Contender(arguments.checkpoint, arguments.budget, arguments.offload_folder))
+
+
+if __name__ == "__main__":
+    main()

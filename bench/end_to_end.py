@@ -1,0 +1,181 @@
+"""Does paging keep its promises on a whole model? The numbers the README's table comes from.
+
+Two comparisons on one random-weight OLMoE checkpoint (bench/checkpoints.py), on two cores, on the
+same prompts: at a 25 % budget against transformers + accelerate with the experts on disk, and at
+100 % against plain transformers. bench/comparison.py says how they are run. What each target means
+is written where it is computed, in bench/report.py. No time is printed unless all contenders
+produced the same tokens.
+
+    python bench/end_to_end.py               about ten minutes, 7 GB of disk in --workdir
+    python bench/end_to_end.py --quick       a toy checkpoint: does it still run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import checkpoints
+from checkpoints import Spec
+from comparison import Comparison, Isolation
+from harness import Row, environment, machine_name, pin_to_cores, print_table, save
+from report import (
+    ACCELERATE,
+    ALLOWANCE_BYTES,
+    FULL,
+    PAGED,
+    RESIDENT,
+    check_targets,
+    check_tokens,
+    show,
+    summarise,
+)
+
+NUM_CORES = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to run. A round is one prompt; round 0 warms up and does not count."""
+
+    spec: Spec
+    prompt_tokens: int
+    rounds: int
+    new_tokens: int
+    resident_rounds: int
+    resident_new_tokens: int
+    disk_seconds: float  # per chunk size and depth and round
+    memory_bytes: int  # read per memory roof sample
+
+
+STANDARD = Plan(Spec(), 128, 9, 10, 17, 24, 0.2, 1 << 29)
+QUICK = Plan(checkpoints.QUICK, 12, 2, 4, 2, 4, 0.005, 1 << 22)
+
+
+def run(
+    plan: Plan, checkpoint: Path, offload_folder: Path, isolation: Isolation
+) -> list[Comparison]:
+    """Both comparisons, on the same prompts."""
+    spec = plan.spec
+    rng = random.Random(0)
+    prompts = [
+        [rng.randrange(spec.vocab) for _ in range(plan.prompt_tokens)]
+        for _ in range(max(plan.rounds, plan.resident_rounds))
+    ]
+    quarter = Comparison(
+        "25%",
+        spec.dense_bytes + spec.expert_bytes // 4 + ALLOWANCE_BYTES,
+        {
+            PAGED: [checkpoint, "--budget", "25%"],
+            ACCELERATE: [checkpoint, "--offload-folder", offload_folder],
+        },
+    )
+    whole = Comparison(
+        "100%",
+        spec.dense_bytes + spec.expert_bytes + ALLOWANCE_BYTES,
+        {
+            FULL: [checkpoint, "--budget", "100%"],
+            RESIDENT: [checkpoint],
+        },
+    )
+    for comparison, rounds, new_tokens in (
+        (quarter, plan.rounds, plan.new_tokens),
+        (whole, plan.resident_rounds, plan.resident_new_tokens),
+    ):
+        comparison.run(
+            checkpoint,
+            prompts[:rounds],
+            new_tokens,
+            spec.page_bytes,
+            plan.disk_seconds,
+            plan.memory_bytes,
+            isolation,
+        )
+    return [quarter, whole]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="toy sizes; times mean nothing")
+    parser.add_argument("--workdir", type=Path, help="for checkpoints; default: a cache folder")
+    parser.add_argument("--isolation", choices=["auto", "group", "drop"], default="auto")
+    parser.add_argument("--machine", help="name of the results folder; default: from the CPU")
+    parser.add_argument("--output", type=Path, help="write the JSON here instead of bench/results")
+    arguments = parser.parse_args()
+    plan = QUICK if arguments.quick else STANDARD
+    pin_to_cores(NUM_CORES)
+    record = environment()  # before anything runs: it notes how busy the machine was
+    # A toy model would only measure how much Python and torch fit in its limit.
+    isolation: Isolation = "drop" if arguments.quick else arguments.isolation
+    with _workdir(arguments.workdir, temporary=arguments.quick) as workdir:
+        checkpoint = checkpoints.write(
+            plan.spec, workdir / ("quick" if arguments.quick else "olmoe")
+        )
+        with tempfile.TemporaryDirectory(prefix="accelerate-", dir=workdir) as offload_folder:
+            quarter, whole = run(plan, checkpoint, Path(offload_folder), isolation)
+
+    compared = check_tokens([quarter, whole])
+    print(f"{compared} tokens equal to the resident model's")
+    rows: dict[str, Row] = {}
+    for comparison in (quarter, whole):
+        found = summarise(comparison, plan.spec)
+        rows.update({row["contender"]: row for row in found})
+        show(comparison, found)
+    targets = check_targets(quarter, whole, rows, plan.spec)
+    headings = {
+        "target": "target",
+        "value": "measured",
+        "bound": "bound",
+        "kept": "kept",
+        "note": "",
+    }
+    print_table(targets, headings, "Targets")
+    results = {
+        "environment": record,
+        "plan": asdict(plan),
+        "dense_bytes": plan.spec.dense_bytes,
+        "expert_bytes": plan.spec.expert_bytes,
+        "page_bytes": plan.spec.page_bytes,
+        "tokens_equal_to_resident": compared,
+        "targets": targets,
+        "rows": list(rows.values()),
+        "comparisons": [_observed(comparison) for comparison in (quarter, whole)],
+    }
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        path = arguments.output
+    else:
+        name = "end_to_end_quick" if arguments.quick else "end_to_end"
+        path = save(name, results, arguments.machine or machine_name())
+    print(f"\nwritten to {path}")
+
+
+@contextmanager
+def _workdir(given: Path | None, temporary: bool) -> Iterator[Path]:
+    """The folder for checkpoints: as given, a temporary one, or one that stays in the cache."""
+    if given is None and temporary:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    path = given or Path.home() / ".cache" / "moe_offload_bench"
+    path.mkdir(parents=True, exist_ok=True)
+    yield path
+
+
+def _observed(comparison: Comparison) -> Row:
+    """The raw observations, without the paths of this machine."""
+    record = asdict(comparison)
+    del record["commands"]
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What every benchmark shares: where it ran, how samples are summed up, printed and kept.
+
+A row is a dictionary; `print_table` shows chosen columns of it and `save` writes everything as JSON
+with the environment beside it, under bench/results/<machine>/. Nothing here imports torch: the
+parent process of a benchmark stays small, and its children decide what is in memory.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "bench" / "results"
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+
+Row = dict[str, Any]
+
+
+def pin_to_cores(num_cores: int) -> list[int]:
+    """Restrict this process and its children to the first cores it may use; returns them."""
+    cores = sorted(os.sched_getaffinity(0))[:num_cores]
+    os.sched_setaffinity(0, cores)
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    return cores
+
+
+def environment() -> Row:
+    """The record every results file carries: code, versions and machine, but no host names."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "command": " ".join(["python", *_relative(sys.argv)]),
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **versions},
+        "kernel": platform.release(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def _relative(arguments: Sequence[str]) -> list[str]:
+    script = Path(arguments[0]).resolve()
+    inside = script.is_relative_to(REPOSITORY)
+    return [str(script.relative_to(REPOSITORY)) if inside else script.name, *arguments[1:]]
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def machine_name() -> str:
+    """A folder name for this kind of machine, such as "amd-epyc-2-cores"."""
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*", "", _cpu_model().lower())).strip("-")
+    return f"{slug}-{len(os.sched_getaffinity(0))}-cores"
+
+
+def spread(values: Iterable[float]) -> Row:
+    """Median, 10th and 90th percentile and number of samples."""
+    data = sorted(values)
+    if not data:
+        return {"median": float("nan"), "p10": float("nan"), "p90": float("nan"), "samples": 0}
+    return {
+        "median": statistics.median(data),
+        "p10": _percentile(data, 0.1),
+        "p90": _percentile(data, 0.9),
+        "samples": len(data),
+    }
+
+
+def _percentile(data: Sequence[float], share: float) -> float:
+    position = share * (len(data) - 1)
+    low = int(position)
+    high = min(low + 1, len(data) - 1)
+    return data[low] + (data[high] - data[low]) * (position - low)
+
+
+def median(values: Iterable[float]) -> float:
+    return float(spread(values)["median"])
+
+
+def print_table(rows: Sequence[Row], columns: Mapping[str, str], title: str = "") -> None:
+    """Print `columns` ({key: heading}) of the rows; a spread shows as median [p10, p90]."""
+    if title:
+        print(f"\n{title}")
+    lines = [list(columns.values())] + [[_text(row.get(key)) for key in columns] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for number, line in enumerate(lines):
+        cells = [
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  " + "  ".join(cells).rstrip())
+        if number == 0:
+            print("  " + "  ".join("-" * width for width in widths))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{value['median']:.3g} [{value['p10']:.3g}, {value['p90']:.3g}]"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def save(name: str, results: Row, machine: str | None = None) -> Path:
+    """Write bench/results/<machine>/<name>.json and return its path."""
+    path = RESULTS / (machine or machine_name()) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path

@@ -1,0 +1,205 @@
+"""From turns to rows and targets: what end_to_end.py prints, and how each number is defined.
+
+Round 0 of a comparison warms up and is left out everywhere but in the token check. Rates are
+medians over rounds; bytes and counts are sums. A target keeps its definition in a comment beside
+its arithmetic, so that nobody has to guess what "85 % of the disk" means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from checkpoints import Spec
+from comparison import Comparison
+from harness import Row, median, print_table, spread
+
+PAGED, ACCELERATE = "moe_offload 25%", "accelerate disk"
+FULL, RESIDENT = "moe_offload 100%", "transformers resident"
+ALLOWANCE_BYTES = 400_000_000  # what a process may hold beyond dense weights and budget
+
+
+def check_tokens(comparisons: list[Comparison]) -> int:
+    """All contenders, prompt by prompt, against the resident model; returns tokens compared."""
+    turns = {name: rows for comparison in comparisons for name, rows in comparison.turns.items()}
+    compared = 0
+    for name, rows in turns.items():
+        for number, (row, reference) in enumerate(zip(rows, turns[RESIDENT], strict=False)):
+            got, expected = row["tokens"], reference["tokens"]
+            length = min(len(got), len(expected))
+            if got[:length] != expected[:length]:
+                raise SystemExit(
+                    f"WRONG TOKENS, so no times: {name}, prompt {number}: expected "
+                    f"{expected[:length]}, got {got[:length]}"
+                )
+            compared += length if name != RESIDENT else 0
+    return compared
+
+
+def best_disk(roofs: list[Row]) -> Row:
+    """The chunk size and depth with the highest median over the rounds: the disk's roof."""
+    samples: dict[tuple[int, int], list[float]] = {}
+    for roof in roofs:
+        for row in roof["disk"]:
+            samples.setdefault((row["chunk_bytes"], row["depth"]), []).append(row["gb_per_s"])
+    (chunk, depth), rates = max(samples.items(), key=lambda item: median(item[1]))
+    return {"chunk_bytes": chunk, "depth": depth, "gb_per_s": spread(rates)}
+
+
+def summarise(comparison: Comparison, spec: Spec) -> list[Row]:
+    """One row per contender; medians over the rounds after the first."""
+    disk = best_disk(comparison.roofs[1:])
+    disk_gb_per_s = disk["gb_per_s"]["median"]
+    memory_gb_per_s = median(roof["memory_gb_per_s"] for roof in comparison.roofs[1:])
+    rows = []
+    for name, turns in comparison.turns.items():
+        turns = turns[1:]
+        tokens = sum(len(turn["decode_s"]) for turn in turns)
+        prompt_rate = [turn["prompt_tokens"] / turn["prefill_s"] for turn in turns]
+        rate = [len(turn["decode_s"]) / sum(turn["decode_s"]) for turn in turns]
+        row: Row = {
+            "contender": name,
+            "decode_tokens_per_s": spread(rate),
+            "prefill_tokens_per_s": spread(prompt_rate),
+            "disk_mb_per_token": sum(t["decode"]["disk_read_bytes"] for t in turns) / tokens / 1e6,
+            "peak_rss_mb": comparison.memory[name]["peak"] / 1e6,
+            "load_s": comparison.loads[name]["seconds"],
+        }
+        # What a decoded token must at least read from memory: active experts and dense matrices.
+        active = spec.num_layers * spec.top_k * spec.page_bytes
+        embedding = spec.vocab * spec.hidden * 2
+        row["memory_gb_per_s"] = median(rate) * (active + spec.dense_bytes - embedding) / 1e9
+        row["memory_roof_percent"] = 100 * row["memory_gb_per_s"] / memory_gb_per_s
+        if turns[0]["decode"]["stats"] is not None:
+            row.update(_paging_row(turns, tokens, disk_gb_per_s))
+        rows.append(row)
+    return rows
+
+
+def _paging_row(turns: list[Row], tokens: int, disk_gb_per_s: float) -> Row:
+    """What the pager says about decode, and how near to the disk's roof it read."""
+    stats = [turn["decode"]["stats"] for turn in turns]
+
+    def total(name: str) -> float:
+        return float(sum(row[name] for row in stats))
+
+    row: Row = {
+        "hit_percent": 100 * total("hits") / total("lookups"),
+        "slots": stats[0]["num_slots"],
+        "pages_per_token": total("lookups") / tokens,
+        "demand_mb_per_token": total("demand_bytes") / tokens / 1e6,
+        "stall_ms_per_token": 1e3 * total("stall_seconds") / tokens,
+        "decode_ms_per_token": 1e3 * sum(sum(turn["decode_s"]) for turn in turns) / tokens,
+    }
+    for phase in ("decode", "prefill"):
+        rates = [
+            turn[phase]["stats"]["demand_bytes"] / turn[phase]["copies"]["busy_s"] / 1e9
+            for turn in turns
+            if turn[phase]["copies"]["busy_s"] > 0
+        ]
+        if rates:
+            row[f"{phase}_demand_gb_per_s"] = spread(rates)
+            row[f"{phase}_disk_roof_percent"] = 100 * median(rates) / disk_gb_per_s
+    return row
+
+
+def check_targets(
+    quarter: Comparison, whole: Comparison, rows: Mapping[str, Row], spec: Spec
+) -> list[Row]:
+    """Each promised number: what was measured, the limit, and whether it is kept."""
+    targets: list[Row] = []
+
+    def target(name: str, value: float, limit: float, at_most: bool, note: str) -> None:
+        kept = value <= limit if at_most else value >= limit
+        bound = f"{'<=' if at_most else '>='} {limit:g}"
+        targets.append({"target": name, "value": value, "bound": bound, "kept": kept, "note": note})
+
+    paged, full = quarter.turns[PAGED][1:], whole.turns[FULL][1:]
+
+    # Bytes the kernel read for this process, and bytes the pager counted, over the bytes of the
+    # pages that were missing; more than 1 is alignment, read-ahead or a page read twice.
+    missing = sum(t["decode"]["stats"]["demand_misses"] for t in paged) * spec.page_bytes
+    for source, read in (
+        ("/proc/self/io", sum(t["decode"]["disk_read_bytes"] for t in paged)),
+        ("disk_bytes", sum(t["decode"]["stats"]["disk_bytes"] for t in paged)),
+    ):
+        target(f"decode, 25%: disk bytes / missing bytes, {source}", read / missing, 1.05, True, "")
+    steady = sum(t[phase]["disk_read_bytes"] for t in full for phase in ("prefill", "decode"))
+    target("100%: disk bytes in steady state", steady, 0, True, "prefill and decode")
+
+    # Medians of rounds; the same tokens from both (check_tokens).
+    rate = {name: row["decode_tokens_per_s"]["median"] for name, row in rows.items()}
+    target(
+        "decode, 25%: x accelerate", rate[PAGED] / rate[ACCELERATE], 5, False, "identical tokens"
+    )
+
+    # Demand bytes over the time in which a demand copy was under way or the model waited for one,
+    # over the fastest O_DIRECT setting of the same rounds.
+    for phase in ("decode", "prefill"):
+        note = f"{rows[PAGED][f'{phase}_demand_gb_per_s']['median']:.2f} GB/s"
+        share = rows[PAGED][f"{phase}_disk_roof_percent"] / 100
+        target(f"{phase}, 25%: demand reads / disk roof", share, 0.85, False, note)
+
+    # Paired per round (same prompt, seconds apart), then the median.
+    timed: dict[str, Callable[[Row], Any]] = {
+        "decode": lambda turn: sum(turn["decode_s"]),
+        "prefill": lambda turn: turn["prefill_s"],
+    }
+    for phase, seconds in timed.items():
+        pairs = zip(whole.turns[RESIDENT][1:], full, strict=True)
+        ratios = spread(seconds(resident) / seconds(ours) for resident, ours in pairs)
+        note = f"p10 {ratios['p10']:.3f}, p90 {ratios['p90']:.3f}"
+        target(f"{phase}, 100%: x resident", ratios["median"], 0.97, False, note)
+
+    # VmHWM less the weights it may hold. Python, torch and transformers are inside the 400 MB.
+    for comparison, name, budget in (
+        (quarter, PAGED, spec.expert_bytes // 4),
+        (whole, FULL, spec.expert_bytes),
+    ):
+        beyond = comparison.memory[name]["peak"] - spec.dense_bytes - budget
+        imports = comparison.loads[name]["imports_memory_bytes"]["now"] / 1e6
+        note = f"{imports:.0f} MB of it are Python, torch and transformers before loading"
+        target(f"{comparison.budget}: peak RSS beyond weights, MB", beyond / 1e6, 400, True, note)
+
+    # Bytes the kernel read while loading from a cold page cache.
+    load = quarter.loads[PAGED]
+    dense_read = load["disk_read_bytes"] - load["stats"]["disk_bytes"]
+    target("load, 25%: bytes read / dense bytes", dense_read / spec.dense_bytes, 1.01, True, "")
+    load = whole.loads[FULL]
+    expert_read = load["disk_read_bytes"] - spec.dense_bytes
+    target(
+        "load, 100%: bytes read beyond dense / expert bytes",
+        expert_read / spec.expert_bytes,
+        1.01,
+        True,
+        "",
+    )
+    return targets
+
+
+COLUMNS = {
+    "contender": "contender",
+    "decode_tokens_per_s": "decode tok/s",
+    "prefill_tokens_per_s": "prefill tok/s",
+    "hit_percent": "hit %",
+    "slots": "slots",
+    "pages_per_token": "pages/tok",
+    "disk_mb_per_token": "disk MB/tok",
+    "stall_ms_per_token": "stall ms/tok",
+    "decode_demand_gb_per_s": "demand GB/s",
+    "decode_disk_roof_percent": "% disk roof",
+    "memory_roof_percent": "% mem roof",
+    "peak_rss_mb": "peak RSS MB",
+}
+
+
+def show(comparison: Comparison, rows: list[Row]) -> None:
+    """Print one comparison's rows with the roofs of its rounds."""
+    disk = best_disk(comparison.roofs[1:])
+    memory = median(roof["memory_gb_per_s"] for roof in comparison.roofs[1:])
+    print_table(rows, COLUMNS, f"Budget {comparison.budget}; {comparison.isolation}")
+    setting = f"{disk['chunk_bytes'] >> 10} KiB x {disk['depth']}"
+    print(
+        f"  roofs: disk {disk['gb_per_s']['median']:.2f} GB/s (O_DIRECT, {setting}), "
+        f"memory {memory:.1f} GB/s"
+    )

@@ -1,0 +1,66 @@
+"""The end-to-end benchmark still runs, compares tokens before it prints times, and counts right.
+
+Toy sizes, all four contenders in their own processes; nothing here judges a time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import report
+
+    return report
+
+
+def test_quick_run_writes_every_target(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    script = [sys.executable, str(BENCH / "end_to_end.py"), "--quick", "--output", str(output)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert results["tokens_equal_to_resident"] == 2 * 3 * 5  # prompts, contenders, tokens
+    assert "bench/end_to_end.py --quick" in results["environment"]["command"]
+    assert len(results["targets"]) == 12
+    kept = {row["target"]: row["kept"] for row in results["targets"]}
+    assert kept["100%: disk bytes in steady state"]
+    rows = {row["contender"]: row for row in results["rows"]}
+    assert set(rows) == {
+        *("moe_offload 25%", "accelerate disk"),
+        *("moe_offload 100%", "transformers resident"),
+    }
+    assert rows["moe_offload 100%"]["hit_percent"] == 100
+    assert rows["moe_offload 25%"]["pages_per_token"] == 4  # 2 layers, top-2
+    assert "Targets" in done.stdout
+
+
+def test_wrong_tokens_print_no_time(report) -> None:
+    from comparison import Comparison
+
+    right, wrong = [{"tokens": [1, 2, 3]}], [{"tokens": [1, 2, 4]}]
+    quarter = Comparison("25%", 0, {}, turns={report.PAGED: right, report.ACCELERATE: right})
+    whole = Comparison("100%", 0, {}, turns={report.FULL: right, report.RESIDENT: right})
+    assert report.check_tokens([quarter, whole]) == 9
+    quarter.turns[report.PAGED] = wrong
+    with pytest.raises(SystemExit, match=r"WRONG TOKENS.*moe_offload 25%, prompt 0"):
+        report.check_tokens([quarter, whole])
+
+
+def test_time_of_overlapping_copies_counts_once(report) -> None:
+    import contenders
+
+    spans = [(0.0, 2.0), (1.0, 3.0), (1.5, 1.7), (5.0, 6.0)]
+    assert contenders._union(spans) == 4.0
+    assert contenders._union([]) == 0.0
