@@ -351,6 +351,12 @@ BAD_FOLDERS: dict[str, tuple[Any, str]] = {
         lambda f: rewrite(f, lambda t: t.update({EXPERT: torch.zeros(3, 32)})),
         r"experts\.5\.up_proj",
     ),
+    "all_expert_shapes": (
+        lambda f: rewrite(
+            f, lambda t: t.update({k: torch.zeros(3, 32) for k in t if "up_proj" in k})
+        ),
+        r"gate_up_proj must have shape \(32, 32\), but .* gives \(19, 32\)",
+    ),
     "dense_shape": (
         lambda f: rewrite(f, lambda t: t.update({DENSE: torch.zeros(3, 32)})),
         r"q_proj.weight must have shape \(32, 32\), the checkpoint has \(3, 32\)",

@@ -62,6 +62,25 @@ def test_correct_model_verifies_and_stays_as_it_was(source: str, budget: str, fo
     assert offloader.stats()["hits"] > 0
 
 
+def test_hostile_timing_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the present budget is the smallest, so that no pager is ever replaced."""
+    model = tiny_model("olmoe")
+    offloader = moe_offload.offload(model, device_budget="25%")
+    offloader.resize(offloader.smallest_budget_bytes)
+    calls: list[dict[str, Any]] = []
+    real = offloader.chaos
+
+    def chaos(seed: int = 0, **options: Any) -> None:
+        calls.append(options)
+        real(seed, **options)
+
+    monkeypatch.setattr(offloader, "chaos", chaos)
+    verify(model, PROMPTS[:1], max_new_tokens=1)
+    assert all(call["evict_probability"] > 0 and call["reorder"] for call in calls[:-1])
+    assert len(calls) == 3
+    assert calls[-1] == {}
+
+
 def test_table_has_one_line_per_prompt_and_setting() -> None:
     model = tiny_model("olmoe")
     moe_offload.offload(model)
