@@ -2,7 +2,6 @@
 
 #include <unistd.h>
 #include <algorithm>
-#include <chrono>
 #include <stdexcept>
 #include <utility>
 
@@ -189,7 +188,7 @@ void Pager::schedule_misses(Ticket& ticket, std::vector<int32_t> misses) {
     for (size_t i = first_kept; i < misses.size(); ++i) {
         SlotIndex slot = kNoSlot;
         const auto& load = ticket.items_[static_cast<size_t>(misses[i])].load;
-        if (!place(load->page, nullptr, slot)) break;
+        if (!place(load->page, slot)) break;
         loads_[load->page] = load;
         table_.pin(slot);
         slots.push_back(slot);
@@ -242,83 +241,6 @@ void Pager::schedule_misses(Ticket& ticket, std::vector<int32_t> misses) {
     }
 }
 
-size_t Pager::prefetch(int32_t layer, std::span<const int32_t> experts) {
-    check_usable();
-    Lock lock(mutex_);
-    check_request(layer, experts);
-    size_t started = 0;
-    for (const int32_t expert : experts) {
-        const PageIndex page = page_of(layer, expert);
-        if (loads_[page]) continue;
-        SlotIndex slot = kNoSlot;
-        const auto placed = table_.place(page, [this](PageIndex candidate) {
-            const Load& load = *loads_[candidate];
-            return load.demanded || load.cause != Load::Cause::kPrefetch;
-        });
-        if (!placed) break;
-        if (placed->evicted != kNoPage) {
-            account_eviction(placed->evicted);
-            loads_[placed->evicted] = nullptr;
-        }
-        slot = placed->slot;
-        const auto load = own(page, slot, Load::Cause::kPrefetch);
-        prefetching_.push_back(load);
-        start(load);
-        ++started;
-    }
-    return started;
-}
-
-void Pager::cancel_prefetches(int32_t layer) {
-    check_usable();
-    Lock lock(mutex_);
-    if (closed_) throw StateError("pager: used after close");
-    for (size_t i = prefetching_.size(); i > 0; --i) {
-        const auto load = prefetching_[i - 1].lock();
-        if (load && !load->demanded && (layer < 0 || layer_of(load->page) == layer)) cancel(load);
-    }
-}
-
-size_t Pager::fill(std::span<const std::pair<int32_t, int32_t>> pages) {
-    check_usable();
-    Lock lock(mutex_);
-    size_t started = 0;
-    for (const auto& [layer, expert] : pages) {
-        check_request(layer, std::span(&expert, 1));
-        const PageIndex page = page_of(layer, expert);
-        if (loads_[page]) continue;
-        if (table_.num_free() == 0) break;
-        SlotIndex slot = kNoSlot;
-        place(page, nullptr, slot);
-        start(own(page, slot, Load::Cause::kFill));
-        ++started;
-    }
-    return started;
-}
-
-void Pager::drain() {
-    check_usable();
-    Lock lock(mutex_);
-    const auto deadline =
-        std::chrono::steady_clock::now() + std::chrono::nanoseconds(options_.wait_timeout_ns);
-    uint64_t last_in_flight = num_in_flight_;
-    auto patience = deadline;
-    while (num_in_flight_ > 0 && !closed_) {
-        // Waits for copies to end; gives up when none has ended for the whole timeout.
-        if (changed_.wait_until(lock, patience) == std::cv_status::timeout &&
-            num_in_flight_ == last_in_flight)
-            throw StateError("pager: no copy ended within the wait timeout; " +
-                             std::to_string(num_in_flight_) + " still in flight");
-        if (num_in_flight_ != last_in_flight) {
-            last_in_flight = num_in_flight_;
-            patience = std::chrono::steady_clock::now() +
-                       std::chrono::nanoseconds(options_.wait_timeout_ns);
-        }
-    }
-    if (closed_) throw StateError("pager: closed while waiting for copies");
-    if (fill_error_) std::rethrow_exception(std::exchange(fill_error_, nullptr));
-}
-
 // --- slots ------------------------------------------------------------------------------------
 
 std::shared_ptr<Load> Pager::own(PageIndex page, SlotIndex slot, Load::Cause cause) {
@@ -344,46 +266,15 @@ void Pager::account_eviction(PageIndex page) {
 }
 
 // A slot for a demanded page; unstarted prefetches are given up when nothing else is left.
-bool Pager::place(PageIndex page, const EvictionPolicy::MayEvict& may_evict, SlotIndex& slot) {
-    auto placed = table_.place(page, may_evict);
-    while (!placed && reclaim_prefetch()) placed = table_.place(page, may_evict);
+bool Pager::place(PageIndex page, SlotIndex& slot) {
+    auto placed = table_.place(page, nullptr);
+    while (!placed && reclaim_prefetch()) placed = table_.place(page, nullptr);
     if (!placed) return false;
     if (placed->evicted != kNoPage) {
         account_eviction(placed->evicted);
         loads_[placed->evicted] = nullptr;
     }
     slot = placed->slot;
-    return true;
-}
-
-bool Pager::reclaim_prefetch() {
-    const size_t free_before = table_.num_free();
-    while (!prefetching_.empty()) {
-        const auto load = prefetching_.back().lock();
-        prefetching_.pop_back();
-        if (load && !load->demanded && load->state == Load::State::kLoading && cancel(load) &&
-            table_.num_free() > free_before)
-            return true;
-    }
-    return false;
-}
-
-// Stops a prefetch. The page is absent at once; its slot is free when nothing writes it any more.
-bool Pager::cancel(const std::shared_ptr<Load>& load) {
-    if (load->state != Load::State::kLoading || loads_[load->page] != load) return false;
-    const auto answer = engine_->cancel(load->job);
-    if (answer == CopyEngine::Cancelled::kTooLate) return false;
-    forget(load->page);
-    if (answer == CopyEngine::Cancelled::kGone) {
-        LayerCounters& counters = counters_[static_cast<size_t>(layer_of(load->page))];
-        counters.prefetch_bytes_wasted += load->job->result.bytes;
-        counters.disk_bytes += load->job->result.disk_bytes;
-        --num_in_flight_;
-        table_.unpin(load->slot);
-        changed_.notify_all();
-    }
-    load->state = Load::State::kFailed;
-    load->job = nullptr;
     return true;
 }
 
@@ -481,7 +372,7 @@ void Pager::serve_starved() {
             if (item.load->job) engine_->promote(item.load->job);
         } else {
             SlotIndex slot = kNoSlot;
-            if (!place(page, nullptr, slot)) return;
+            if (!place(page, slot)) return;
             item.load->slot = slot;
             loads_[page] = item.load;
             table_.pin(slot);
@@ -489,124 +380,6 @@ void Pager::serve_starved() {
         }
         starved_.pop_front();
     }
-}
-
-// --- tickets ----------------------------------------------------------------------------------
-
-std::vector<ReadyPage> Pager::next(Ticket& ticket) {
-    check_usable();
-    Lock lock(mutex_);
-    const auto deadline =
-        std::chrono::steady_clock::now() + std::chrono::nanoseconds(options_.wait_timeout_ns);
-    std::vector<ReadyPage> ready;
-    int64_t stall_begin = 0;
-    while (true) {
-        if (closed_) throw StateError("ticket: the pager was closed");
-        if (ticket.closed_) throw StateError("ticket: used after close");
-        for (size_t i = 0; i < ticket.items_.size(); ++i) {
-            Ticket::Item& item = ticket.items_[i];
-            if (item.delivered) continue;
-            if (item.load->state == Load::State::kFailed) {
-                if (item.load->error) std::rethrow_exception(item.load->error);
-                throw StateError("ticket: the copy of " + describe(item.load->page) +
-                                 " was cancelled");
-            }
-            if (item.load->state == Load::State::kAbandoned) retry_abandoned(ticket, item);
-            if (item.load->state != Load::State::kReady) continue;
-            item.delivered = true;
-            --ticket.num_undelivered_;
-            ready.push_back({static_cast<int32_t>(i), item.load->slot});
-        }
-        if (!ready.empty() || ticket.num_undelivered_ == 0) break;
-        if (stall_begin == 0) stall_begin = now_ns();
-        // Waits for a copy of this ticket to end, or for another ticket to give up slots.
-        if (changed_.wait_until(lock, deadline) == std::cv_status::timeout)
-            throw StateError("ticket: waited " +
-                             std::to_string(options_.wait_timeout_ns / 1'000'000) + " ms for " +
-                             std::to_string(ticket.num_undelivered_) + " experts of layer " +
-                             std::to_string(ticket.layer_) +
-                             ". Is a ticket of this thread unreleased, or the storage hung?");
-    }
-    if (stall_begin != 0) {
-        const int64_t end = now_ns();
-        counters_[static_cast<size_t>(ticket.layer_)].stall_ns +=
-            static_cast<uint64_t>(end - stall_begin);
-        ticket.stall_ns_ += end - stall_begin;
-        timeline_.add({TimelineEvent::Kind::kStall, ticket.layer_, -1, -1, stall_begin, end});
-    }
-    return ready;
-}
-
-// The ticket that was to fetch this page closed before it did: ask for it ourselves.
-void Pager::retry_abandoned(Ticket& ticket, Ticket::Item& item) {
-    const PageIndex page = item.load->page;
-    table_.unpin(item.load->slot);
-    item.load = std::make_shared<Load>();
-    item.load->page = page;
-    item.load->demanded = true;
-    item.owns_load = true;
-    starved_.emplace_back(&ticket, static_cast<int32_t>(&item - ticket.items_.data()));
-    serve_starved();
-}
-
-void Pager::release(Ticket& ticket, std::span<const int32_t> indices) {
-    check_usable();
-    Lock lock(mutex_);
-    if (closed_) throw StateError("ticket: the pager was closed");
-    if (ticket.closed_) throw StateError("ticket: used after close");
-    for (const int32_t index : indices) {
-        const bool known = index >= 0 && static_cast<size_t>(index) < ticket.items_.size();
-        if (!known || !ticket.items_[static_cast<size_t>(index)].delivered ||
-            ticket.items_[static_cast<size_t>(index)].released)
-            throw std::invalid_argument("ticket: index " + std::to_string(index) +
-                                        " was not delivered, or was released before");
-        Ticket::Item& item = ticket.items_[static_cast<size_t>(index)];
-        item.released = true;
-        if (item.successor >= 0) start(ticket.items_[static_cast<size_t>(item.successor)].load);
-        table_.unpin(item.load->slot);
-    }
-    serve_starved();
-    changed_.notify_all();
-}
-
-void Pager::close(Ticket& ticket) {
-    if (::getpid() != owner_pid_) return;
-    Lock lock(mutex_);
-    if (ticket.closed_) return;
-    ticket.closed_ = true;
-    --num_live_tickets_;
-    account_overlap(ticket);
-    std::erase_if(starved_, [&](const auto& entry) { return entry.first == &ticket; });
-    for (Ticket::Item& item : ticket.items_) {
-        Load& load = *item.load;
-        if (item.released || load.slot == kNoSlot) continue;
-        item.released = true;
-        // Chained behind others and never started: nobody will fetch it now.
-        if (item.owns_load && load.state == Load::State::kPending) {
-            if (loads_[load.page] == item.load) forget(load.page);
-            load.state = Load::State::kAbandoned;
-        }
-        table_.unpin(load.slot);
-    }
-    timeline_.add(
-        {TimelineEvent::Kind::kTicket, ticket.layer_, -1, -1, ticket.opened_ns_, now_ns()});
-    serve_starved();
-    changed_.notify_all();
-}
-
-// Time during which this ticket's copies were under way and nobody waited for them.
-void Pager::account_overlap(const Ticket& ticket) {
-    int64_t begin = 0, end = 0;
-    for (const Ticket::Item& item : ticket.items_) {
-        const Load& load = *item.load;
-        // Copies that ended before the ticket opened were hits.
-        if (load.state != Load::State::kReady || load.end_ns <= ticket.opened_ns_) continue;
-        const int64_t from = std::max(load.begin_ns, ticket.opened_ns_);
-        begin = begin == 0 ? from : std::min(begin, from);
-        end = std::max(end, load.end_ns);
-    }
-    counters_[static_cast<size_t>(ticket.layer_)].overlap_ns +=
-        static_cast<uint64_t>(std::max<int64_t>(0, end - begin - ticket.stall_ns_));
 }
 
 // --- observation ------------------------------------------------------------------------------

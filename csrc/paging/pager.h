@@ -115,7 +115,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     void evict_at_random();
     void join(const std::shared_ptr<Load>& load, LayerCounters& counters);
     void schedule_misses(Ticket& ticket, std::vector<int32_t> misses);
-    bool place(PageIndex page, const EvictionPolicy::MayEvict& may_evict, SlotIndex& slot);
+    bool place(PageIndex page, SlotIndex& slot);
     std::shared_ptr<Load> own(PageIndex page, SlotIndex slot, Load::Cause cause);
     void forget(PageIndex page);
     void account_eviction(PageIndex page);

@@ -1,7 +1,15 @@
+// A ticket's life: what the thread that computes a layer does with its working set.
 #include "ticket.h"
 
+#include <unistd.h>
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
+#include "clock.h"
+#include "errors.h"
 #include "pager.h"
 
 namespace moe_offload {
@@ -16,5 +24,121 @@ std::vector<ReadyPage> Ticket::next() { return pager_->next(*this); }
 void Ticket::release(std::span<const int32_t> indices) { pager_->release(*this, indices); }
 
 void Ticket::close() { pager_->close(*this); }
+
+std::vector<ReadyPage> Pager::next(Ticket& ticket) {
+    check_usable();
+    Lock lock(mutex_);
+    const auto deadline =
+        std::chrono::steady_clock::now() + std::chrono::nanoseconds(options_.wait_timeout_ns);
+    std::vector<ReadyPage> ready;
+    int64_t stall_begin = 0;
+    while (true) {
+        if (closed_) throw StateError("ticket: the pager was closed");
+        if (ticket.closed_) throw StateError("ticket: used after close");
+        for (size_t i = 0; i < ticket.items_.size(); ++i) {
+            Ticket::Item& item = ticket.items_[i];
+            if (item.delivered) continue;
+            if (item.load->state == Load::State::kFailed) {
+                if (item.load->error) std::rethrow_exception(item.load->error);
+                throw StateError("ticket: the copy of " + describe(item.load->page) +
+                                 " was cancelled");
+            }
+            if (item.load->state == Load::State::kAbandoned) retry_abandoned(ticket, item);
+            if (item.load->state != Load::State::kReady) continue;
+            item.delivered = true;
+            --ticket.num_undelivered_;
+            ready.push_back({static_cast<int32_t>(i), item.load->slot});
+        }
+        if (!ready.empty() || ticket.num_undelivered_ == 0) break;
+        if (stall_begin == 0) stall_begin = now_ns();
+        // Waits for a copy of this ticket to end, or for another ticket to give up slots.
+        if (changed_.wait_until(lock, deadline) == std::cv_status::timeout)
+            throw StateError("ticket: waited " +
+                             std::to_string(options_.wait_timeout_ns / 1'000'000) + " ms for " +
+                             std::to_string(ticket.num_undelivered_) + " experts of layer " +
+                             std::to_string(ticket.layer_) +
+                             ". Is a ticket of this thread unreleased, or the storage hung?");
+    }
+    if (stall_begin != 0) {
+        const int64_t end = now_ns();
+        counters_[static_cast<size_t>(ticket.layer_)].stall_ns +=
+            static_cast<uint64_t>(end - stall_begin);
+        ticket.stall_ns_ += end - stall_begin;
+        timeline_.add({TimelineEvent::Kind::kStall, ticket.layer_, -1, -1, stall_begin, end});
+    }
+    return ready;
+}
+
+// The ticket that was to fetch this page closed before it did: ask for it ourselves.
+void Pager::retry_abandoned(Ticket& ticket, Ticket::Item& item) {
+    const PageIndex page = item.load->page;
+    table_.unpin(item.load->slot);
+    item.load = std::make_shared<Load>();
+    item.load->page = page;
+    item.load->demanded = true;
+    item.owns_load = true;
+    starved_.emplace_back(&ticket, static_cast<int32_t>(&item - ticket.items_.data()));
+    serve_starved();
+}
+
+void Pager::release(Ticket& ticket, std::span<const int32_t> indices) {
+    check_usable();
+    Lock lock(mutex_);
+    if (closed_) throw StateError("ticket: the pager was closed");
+    if (ticket.closed_) throw StateError("ticket: used after close");
+    for (const int32_t index : indices) {
+        const bool known = index >= 0 && static_cast<size_t>(index) < ticket.items_.size();
+        if (!known || !ticket.items_[static_cast<size_t>(index)].delivered ||
+            ticket.items_[static_cast<size_t>(index)].released)
+            throw std::invalid_argument("ticket: index " + std::to_string(index) +
+                                        " was not delivered, or was released before");
+        Ticket::Item& item = ticket.items_[static_cast<size_t>(index)];
+        item.released = true;
+        if (item.successor >= 0) start(ticket.items_[static_cast<size_t>(item.successor)].load);
+        table_.unpin(item.load->slot);
+    }
+    serve_starved();
+    changed_.notify_all();
+}
+
+void Pager::close(Ticket& ticket) {
+    if (::getpid() != owner_pid_) return;
+    Lock lock(mutex_);
+    if (ticket.closed_) return;
+    ticket.closed_ = true;
+    --num_live_tickets_;
+    account_overlap(ticket);
+    std::erase_if(starved_, [&](const auto& entry) { return entry.first == &ticket; });
+    for (Ticket::Item& item : ticket.items_) {
+        Load& load = *item.load;
+        if (item.released || load.slot == kNoSlot) continue;
+        item.released = true;
+        // Chained behind others and never started: nobody will fetch it now.
+        if (item.owns_load && load.state == Load::State::kPending) {
+            if (loads_[load.page] == item.load) forget(load.page);
+            load.state = Load::State::kAbandoned;
+        }
+        table_.unpin(load.slot);
+    }
+    timeline_.add(
+        {TimelineEvent::Kind::kTicket, ticket.layer_, -1, -1, ticket.opened_ns_, now_ns()});
+    serve_starved();
+    changed_.notify_all();
+}
+
+// Time during which this ticket's copies were under way and nobody waited for them.
+void Pager::account_overlap(const Ticket& ticket) {
+    int64_t begin = 0, end = 0;
+    for (const Ticket::Item& item : ticket.items_) {
+        const Load& load = *item.load;
+        // Copies that ended before the ticket opened were hits.
+        if (load.state != Load::State::kReady || load.end_ns <= ticket.opened_ns_) continue;
+        const int64_t from = std::max(load.begin_ns, ticket.opened_ns_);
+        begin = begin == 0 ? from : std::min(begin, from);
+        end = std::max(end, load.end_ns);
+    }
+    counters_[static_cast<size_t>(ticket.layer_)].overlap_ns +=
+        static_cast<uint64_t>(std::max<int64_t>(0, end - begin - ticket.stall_ns_));
+}
 
 }  // namespace moe_offload

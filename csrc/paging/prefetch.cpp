@@ -1,0 +1,119 @@
+// The part of the pager that nobody waits for: prefetch, its cancellation, and the initial fill.
+#include <chrono>
+#include <string>
+#include <utility>
+
+#include "errors.h"
+#include "pager.h"
+
+namespace moe_offload {
+
+size_t Pager::prefetch(int32_t layer, std::span<const int32_t> experts) {
+    check_usable();
+    Lock lock(mutex_);
+    check_request(layer, experts);
+    size_t started = 0;
+    for (const int32_t expert : experts) {
+        const PageIndex page = page_of(layer, expert);
+        if (loads_[page]) continue;
+        SlotIndex slot = kNoSlot;
+        const auto placed = table_.place(page, [this](PageIndex candidate) {
+            const Load& load = *loads_[candidate];
+            return load.demanded || load.cause != Load::Cause::kPrefetch;
+        });
+        if (!placed) break;
+        if (placed->evicted != kNoPage) {
+            account_eviction(placed->evicted);
+            loads_[placed->evicted] = nullptr;
+        }
+        slot = placed->slot;
+        const auto load = own(page, slot, Load::Cause::kPrefetch);
+        prefetching_.push_back(load);
+        start(load);
+        ++started;
+    }
+    return started;
+}
+
+void Pager::cancel_prefetches(int32_t layer) {
+    check_usable();
+    Lock lock(mutex_);
+    if (closed_) throw StateError("pager: used after close");
+    for (size_t i = prefetching_.size(); i > 0; --i) {
+        const auto load = prefetching_[i - 1].lock();
+        if (load && !load->demanded && (layer < 0 || layer_of(load->page) == layer)) cancel(load);
+    }
+}
+
+size_t Pager::fill(std::span<const std::pair<int32_t, int32_t>> pages) {
+    check_usable();
+    Lock lock(mutex_);
+    size_t started = 0;
+    for (const auto& [layer, expert] : pages) {
+        check_request(layer, std::span(&expert, 1));
+        const PageIndex page = page_of(layer, expert);
+        if (loads_[page]) continue;
+        if (table_.num_free() == 0) break;
+        SlotIndex slot = kNoSlot;
+        place(page, slot);
+        start(own(page, slot, Load::Cause::kFill));
+        ++started;
+    }
+    return started;
+}
+
+void Pager::drain() {
+    check_usable();
+    Lock lock(mutex_);
+    const auto deadline =
+        std::chrono::steady_clock::now() + std::chrono::nanoseconds(options_.wait_timeout_ns);
+    uint64_t last_in_flight = num_in_flight_;
+    auto patience = deadline;
+    while (num_in_flight_ > 0 && !closed_) {
+        // Waits for copies to end; gives up when none has ended for the whole timeout.
+        if (changed_.wait_until(lock, patience) == std::cv_status::timeout &&
+            num_in_flight_ == last_in_flight)
+            throw StateError("pager: no copy ended within the wait timeout; " +
+                             std::to_string(num_in_flight_) + " still in flight");
+        if (num_in_flight_ != last_in_flight) {
+            last_in_flight = num_in_flight_;
+            patience = std::chrono::steady_clock::now() +
+                       std::chrono::nanoseconds(options_.wait_timeout_ns);
+        }
+    }
+    if (closed_) throw StateError("pager: closed while waiting for copies");
+    if (fill_error_) std::rethrow_exception(std::exchange(fill_error_, nullptr));
+}
+
+bool Pager::reclaim_prefetch() {
+    const size_t free_before = table_.num_free();
+    while (!prefetching_.empty()) {
+        const auto load = prefetching_.back().lock();
+        prefetching_.pop_back();
+        if (load && !load->demanded && load->state == Load::State::kLoading && cancel(load) &&
+            table_.num_free() > free_before)
+            return true;
+    }
+    return false;
+}
+
+// Stops a prefetch. The page is absent at once; its slot is free when nothing writes it any more.
+bool Pager::cancel(const std::shared_ptr<Load>& load) {
+    if (load->state != Load::State::kLoading || loads_[load->page] != load) return false;
+    const auto answer = engine_->cancel(load->job);
+    if (answer == CopyEngine::Cancelled::kTooLate) return false;
+    forget(load->page);
+    if (answer == CopyEngine::Cancelled::kGone) {
+        LayerCounters& counters = counters_[static_cast<size_t>(layer_of(load->page))];
+        counters.prefetch_bytes_wasted += load->job->result.bytes;
+        counters.disk_bytes += load->job->result.disk_bytes;
+        --num_in_flight_;
+        table_.unpin(load->slot);
+        changed_.notify_all();
+    }
+    load->state = Load::State::kFailed;
+    load->job = nullptr;
+    return true;
+}
+
+}  // namespace moe_offload
