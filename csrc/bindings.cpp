@@ -32,7 +32,8 @@ class TensorSource final : public MemorySource {
     py::object owners = py::none();
 };
 
-// Pages made by Python, fill(layer, expert, address), on a worker thread under the GIL.
+// Pages made by Python, fill(layer, expert, address) -> bytes read from storage, on a worker
+// thread under the GIL.
 class CallbackSource final : public PageSource {
   public:
     CallbackSource(py::function fill, uint64_t page_bytes)
@@ -49,11 +50,12 @@ class CallbackSource final : public PageSource {
                   Scratch&) const override {
         py::gil_scoped_acquire gil;
         try {
-            fill_(layer, expert, reinterpret_cast<uintptr_t>(page));
+            return fill_(layer, expert, reinterpret_cast<uintptr_t>(page)).cast<uint64_t>();
         } catch (const py::error_already_set& error) {
-            throw PageReadError(error.what());  // the Python exception must not leave the GIL
+            // The Python exception must not leave the GIL; its class and text go on as words.
+            const auto name = error.type().attr("__name__").cast<std::string>();
+            throw PageReadError(name + ": " + py::str(error.value()).cast<std::string>());
         }
-        return 0;
     }
 
   private:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from moe_offload.huggingface import from_pretrained, get_offloader, offload
     from moe_offload.layer import OffloadedExperts, OffloadedMoE
     from moe_offload.offloader import Offloader
-    from moe_offload.plan import plan
-    from moe_offload.verify import verify
+    from moe_offload.planning import plan
+    from moe_offload.verification import verify
 
 __version__ = "0.1.0"
 
@@ -28,8 +28,8 @@ _HOMES = {
     "Offloader": "moe_offload.offloader",
     "OffloadedExperts": "moe_offload.layer",
     "OffloadedMoE": "moe_offload.layer",
-    "plan": "moe_offload.plan",
-    "verify": "moe_offload.verify",
+    "plan": "moe_offload.planning",
+    "verify": "moe_offload.verification",
 }
 
 __all__ = [

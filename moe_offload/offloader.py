@@ -110,6 +110,7 @@ class Offloader:
         self.layers = list(layers)
         self._on_restore = on_restore
         self._closed = False
+        self._restored = False
         groups: dict[PageLayout, list[int]] = {}
         for index, layer in enumerate(self.layers):
             groups.setdefault(PageLayout.build(layer.tensors), []).append(index)
@@ -245,19 +246,25 @@ class Offloader:
             pool.pager.set_chaos(seed, max_delay_us, reorder, fail_probability, evict_probability)
 
     def restore(self) -> None:
-        """Make the model resident again and close.
+        """Make the model resident again and close. Also allowed once after `close`.
 
         Raises:
-            StateError: already restored or closed, or nothing to restore (no model attached).
+            StateError: restored before, or nothing to restore (no model attached).
         """
-        self._check_open("restore")
+        if self._restored:
+            self._check_open("restore")
         if self._on_restore is None:
+            self._check_open("restore")
             raise StateError("restore: this offloader is not attached to a model")
         self._on_restore()
+        self._restored = True
         self.close()
 
     def close(self) -> None:
-        """Stop all copies, join the worker threads, give the slots back. Idempotent."""
+        """Stop all copies, join the worker threads, give the slots back. Idempotent.
+
+        An attached model stays without its experts until `restore`.
+        """
         self._closed = True
         self._finalizer()
 
@@ -273,7 +280,11 @@ class Offloader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Leave no model without experts: restore when attached to one, else close."""
+        if self._on_restore is not None and not self._restored:
+            self.restore()
+        else:
+            self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else format_bytes(self.device_budget_bytes)

@@ -152,8 +152,10 @@ class ExpertPool:
         self.pager.reset_counters()
 
     def io_mode(self) -> str:
-        """How pages are read: "direct", "buffered", "mixed", or "memory"."""
-        return getattr(self._source, "io_mode", "memory")
+        """How pages come: "direct", "buffered" or "mixed" reads, "memory", or "converted"."""
+        if isinstance(self._source, _core.FileSource):
+            return self._source.io_mode
+        return "converted" if isinstance(self._source, _core.CallbackSource) else "memory"
 
     def files_deleted(self) -> bool:
         """True when a checkpoint file lost its name; reads go on from the open handle."""

@@ -114,17 +114,23 @@ class CallbackPages:
     Args:
         make: `(layer, expert) -> {section name: Tensor[*section shape]}`; called on a worker
             thread. What it raises reaches the caller that waits for the page.
+        disk_bytes: `(layer, expert) -> bytes` that `make` reads from storage, for the counters.
     """
 
-    def __init__(self, make: Callable[[int, int], Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        make: Callable[[int, int], Mapping[str, Tensor]],
+        disk_bytes: Callable[[int, int], int] | None = None,
+    ) -> None:
         self._make = make
+        self._disk_bytes = disk_bytes
 
     def core_source(
         self, layout: PageLayout, layers: list[int], num_experts: list[int], direct_io: bool
     ) -> _core.PageSource:
-        make = self._make
+        make, disk_bytes = self._make, self._disk_bytes
 
-        def fill(local: int, expert: int, pointer: int) -> None:
+        def fill(local: int, expert: int, pointer: int) -> int:
             tensors = make(layers[local], expert)
             for section in layout.sections:
                 tensor = tensors[section.name]
@@ -136,6 +142,7 @@ class CallbackPages:
                     )
                 tensor = tensor.contiguous()
                 _core.copy_bytes(pointer + section.offset, tensor.data_ptr(), section.nbytes)
+            return disk_bytes(layers[local], expert) if disk_bytes else 0
 
         return _core.CallbackSource(fill, layout.payload_bytes)
 

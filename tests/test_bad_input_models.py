@@ -236,7 +236,7 @@ def test_changed_content_raises_instead_of_wrong_tokens(running: Running) -> Non
 def test_deleted_file_keeps_giving_exact_results(running: Running) -> None:
     running.file.unlink()
     assert torch.equal(logits(running.model), running.expected)
-    if running.offloader.stats()["io_mode"] != "memory":
+    if running.offloader.stats()["io_mode"] != "converted":
         assert running.offloader.stats()["files_deleted"]
 
 

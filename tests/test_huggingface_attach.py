@@ -142,8 +142,19 @@ def test_use_after_restore_and_close_is_refused() -> None:
     offloader.close()
     with pytest.raises(StateError, match=r"after close"):
         model(prompt_ids())
-    with pytest.raises(StateError, match=r"closed"):
+    offloader.restore()
+    model(prompt_ids())
+    with pytest.raises(StateError, match=r"restored or closed"):
         offloader.restore()
+
+
+def test_leaving_a_with_block_restores_the_model() -> None:
+    model = tiny_model("olmoe")
+    expected = model(prompt_ids()).logits
+    with moe_offload.offload(model) as offloader:
+        assert torch.equal(model(prompt_ids()).logits, expected)
+    assert offloader.closed
+    assert torch.equal(model(prompt_ids()).logits, expected)
 
 
 def test_save_pretrained_is_refused_until_restored(tmp_path: Path) -> None:

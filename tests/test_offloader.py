@@ -240,7 +240,9 @@ def test_errors_of_a_converter_reach_the_caller(page_file):
 
     with Offloader(described, CallbackPages(make), OffloadConfig(device_budget="30%")) as offloader:
         forward(offloader, layers, 1, [0, 1, 2])
-        with pytest.raises(PageReadError, match=r"layer 1 .* expert 3: .*no such scale"):
+        with pytest.raises(
+            PageReadError, match=r"layer 1 .* expert 3: RuntimeError: no such scale$"
+        ):
             forward(offloader, layers, 1, [3])
         with pytest.raises(PageReadError, match=r"must be torch\.float32"):
             forward(offloader, layers, 1, [4])

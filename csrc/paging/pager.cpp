@@ -95,7 +95,7 @@ std::string Pager::describe(PageIndex page) const {
 
 // Called with the lock held.
 void Pager::check_request(int32_t layer, std::span<const int32_t> experts) {
-    if (closed_) throw StateError("pager: used after close");
+    if (closed_) throw StateError("pager: used after close; load or offload the model again");
     if (layer < 0 || static_cast<size_t>(layer) >= options_.num_experts.size())
         throw std::invalid_argument("pager: expected a layer in [0, " +
                                     std::to_string(options_.num_experts.size()) + "), got " +

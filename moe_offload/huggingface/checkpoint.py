@@ -199,13 +199,25 @@ class CheckpointExperts:
             for expert in range(layer.num_experts):
                 pieces = self._direct_pieces(index, expert)
                 if pieces is None:
-                    return CallbackPages(self.make)
+                    return CallbackPages(self.make, self.disk_bytes)
                 files.add(index, expert, pieces)
         return files
 
     def make(self, layer: int, expert: int) -> dict[str, Tensor]:
         """Read and convert one expert: `{section: Tensor[*section shape]}`. Thread-safe."""
         return self._make(layer, expert, on_meta=False)
+
+    def disk_bytes(self, layer: int, expert: int) -> int:
+        """Checkpoint bytes that `make` reads for one expert."""
+        total = 0
+        for recipe in {id(recipe): recipe for recipe in self._recipes[layer].values()}.values():
+            for keys in recipe.sources.values():
+                if recipe.merges_experts():
+                    total += self.checkpoint.tensors[keys[expert]].nbytes
+                else:
+                    stacked = sum(self.checkpoint.tensors[key].nbytes for key in keys)
+                    total += stacked // self.layers[layer].num_experts
+        return total
 
     def load_layer(self, layer: int) -> dict[str, Tensor]:
         """All experts of a layer in memory: `{section: Tensor[E, *section shape]}`."""
