@@ -115,7 +115,8 @@ def _history(log: list[dict]) -> str:
             for key, value in after["recipe"].items()
             if before["recipe"].get(key) != value
         ]
-        parts.append(f"at step {after['done']['step']} ({', '.join(changed) or 'same recipe'})")
+        reason = "; ".join(filter(None, (", ".join(changed), after.get("note", ""))))
+        parts.append(f"at step {after['done']['step']} ({reason or 'same recipe'})")
     return f"The run was stopped and resumed {', and '.join(parts)}." if parts else ""
 
 

@@ -63,44 +63,37 @@ def hub_config(folder: Path) -> None:
     path.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
 
 
-def held_out_losses(model: PreTrainedModel, domains: list[Domain]) -> dict[str, dict[str, float]]:
-    """Loss in nats per token, perplexity and bits per byte over a domain's whole held-out text."""
+def judge(model: PreTrainedModel, domains: list[Domain]) -> tuple[dict[str, dict], dict]:
+    """Losses per domain (nats per token, perplexity, bits per byte) and the routing report.
+
+    Both over every whole window of 256 held-out tokens.
+    """
     w, rope = dict(model.named_parameters()), rope_table(model.config, WINDOW)
-    rows = {}
+    losses: dict[str, dict] = {}
+    ids: dict[str, Tensor] = {}
     for domain in domains:
         count = (len(domain.held_out) - 1) // WINDOW
         text = domain.held_out[: count * WINDOW + 1]
         inputs, targets = text[:-1].view(count, WINDOW), text[1:].view(count, WINDOW)
-        total = 0.0
+        total, routed = 0.0, []
         for i, t in zip(inputs.split(16), targets.split(16), strict=True):
-            total += token_loss(w, forward(w, model.config, i, rope)[0], t).item() * t.numel()
+            hidden, routing = forward(w, model.config, i, rope)
+            total += token_loss(w, hidden, t).item() * t.numel()
+            routed.append(torch.stack([layer.ids for layer in routing]))
+        ids[domain.name] = torch.cat(routed, dim=1)
         loss = total / targets.numel()
-        reference = torch.nn.functional.cross_entropy(
-            model(inputs[:1]).logits[0].float(), targets[0]
-        )
         twin = token_loss(w, forward(w, model.config, inputs[:1], rope)[0], targets[:1])
+        logits = model(inputs[:1]).logits[0].float()
+        reference = torch.nn.functional.cross_entropy(logits, targets[0])
         bytes_per_token = domain.held_out_bytes / len(domain.held_out)
-        rows[domain.name] = {
+        losses[domain.name] = {
             "tokens": targets.numel(),
             "loss": loss,
             "perplexity": math.exp(loss),
             "bits_per_byte": loss / math.log(2) / bytes_per_token,
             "twin_error": abs(twin.item() - reference.item()),
         }
-    return rows
-
-
-def held_out_routing(model: PreTrainedModel, domains: list[Domain]) -> dict:
-    """Routing of every held-out window; the mixture takes equally many windows of each domain."""
-    w, rope, ids = dict(model.named_parameters()), rope_table(model.config, WINDOW), {}
-    for domain in domains:
-        count = (len(domain.held_out) - 1) // WINDOW
-        rows = domain.held_out[: count * WINDOW].view(count, WINDOW)
-        parts: list[Tensor] = []
-        for part in rows.split(16):
-            parts.append(torch.stack([r.ids for r in forward(w, model.config, part, rope)[1]]))
-        ids[domain.name] = torch.cat(parts, dim=1)
-    return routing_report(ids, model.config.num_experts)
+    return losses, routing_report(ids, model.config.num_experts)
 
 
 def demo_prompts(domains: list[Domain], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, str]]:
@@ -150,11 +143,12 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     domains = load_corpus(args.data / "tinylm_corpus", Tokenizer.from_file(str(bpe)))
+    losses, routing = judge(model, domains)
     result = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "config": json.loads((folder / "config.json").read_text()),
-        "losses": held_out_losses(model, domains),
-        "routing": held_out_routing(model, domains),
+        "losses": losses,
+        "routing": routing,
         "samples": write_samples(model, tokenizer, domains),
     }
     (args.run / "eval.json").write_text(json.dumps(result, indent=1))

@@ -207,7 +207,14 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
         print(json.dumps(row), file=log, flush=True)
 
     sizes = {d.name: [len(d.train), len(d.held_out)] for d in domains}
-    record(kind="start", recipe=asdict(recipe), minutes=args.minutes, tokens=sizes, done=done)
+    record(
+        kind="start",
+        recipe=asdict(recipe),
+        minutes=args.minutes,
+        note=args.note,
+        tokens=sizes,
+        done=done,
+    )
     start = time.monotonic() - done["seconds"]
     budget = args.minutes * 60
     next_eval = done["seconds"] + args.eval_every * 60
@@ -250,6 +257,7 @@ def main() -> None:
     parser.add_argument("--eval-every", type=float, default=5, help="minutes")
     parser.add_argument("--save-every", type=float, default=5, help="minutes")
     parser.add_argument("--resume", action="store_true", help="continue from state.pt in --run")
+    parser.add_argument("--note", default="", help="what else changed at a restart, for the card")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args()
