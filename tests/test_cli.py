@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -247,6 +248,20 @@ def test_tiny_is_the_packaged_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", "tiny", "--prompt", "Once upon a time", "--max-new-tokens", 4) == 0
     assert len(capsys.readouterr().out) > 4
     assert {prompt["domain"] for prompt in demo._packaged_prompts()} >= {"books", "math"}
+
+
+@pytest.mark.skipif(
+    not (tiny_moe_path() / "model.safetensors").is_file(), reason="the packaged model is absent"
+)
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = Path(moe_offload.__file__).parent.parent / "README.md"
+    if not readme.is_file():
+        pytest.skip("needs the source tree")
+    (example,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    exec(example, {})
+    text, hit_rate = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    assert text.startswith("Once upon a time")
+    assert 0 < float(hit_rate) < 1
 
 
 # --- mistakes ---------------------------------------------------------------------------------
