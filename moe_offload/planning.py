@@ -217,6 +217,7 @@ def _live_facts(model: nn.Module) -> _Facts:
     layers = attachment.layers if attachment else find_expert_layers(model)
     in_memory = attachment is None or attachment.holds_parameters
     config: Any = copy.deepcopy(model.config)
+    config.dtype = model.dtype  # it may have been cast since it was made
     return _Facts(
         name=type(model).__name__,
         config=config,

@@ -115,10 +115,15 @@ def test_live_model_and_offloaded_model(model: PreTrainedModel, checkpoint: Path
     offloader.restore()
 
 
-def test_planning_leaves_a_live_config_alone(model: PreTrainedModel) -> None:
-    before = model.config.to_dict()
-    planning.plan(model)
-    assert model.config.to_dict() == before
+def test_a_live_model_that_was_cast(model: PreTrainedModel) -> None:
+    """Its config still says float32: sizes follow the model, and the config stays as it was."""
+    fp32 = planning.plan(model)
+    model.bfloat16()
+    model.config.dtype = torch.float32
+    bf16 = planning.plan(model)
+    assert bf16.kv_cache_bytes_per_token * 2 == fp32.kv_cache_bytes_per_token
+    assert bf16.pools[0].page_bytes * 2 == fp32.pools[0].page_bytes
+    assert model.config.dtype == torch.float32
 
 
 def test_files_that_are_not_here(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
