@@ -5,6 +5,7 @@
 #
 #   make test PYTHON=python3.12          another interpreter for .venv (default python3)
 #   make py-test PYTEST_ARGS="-k pager"  part of the tests
+#   make gpu PARTS="test roofs"          on a GPU machine: build in place, GPU tests, benchmarks
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -21,7 +22,7 @@ PIP := $(VENV)/bin/python -m pip -qq install --constraint constraints.txt
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS = setup.py CMakeLists.txt $(filter csrc/paging/% csrc/bindings.cpp,$(CPP_FILES))
 
-.PHONY: demo test lint cpp-test py-test bench install clean
+.PHONY: demo test lint cpp-test py-test bench gpu install clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -55,6 +56,15 @@ py-test: install
 
 bench: install
 	$(VENV)/bin/python bench/end_to_end.py
+
+# On a machine with a GPU, with the python3 that has torch for it: no network, no virtual
+# environment. PARTS chooses (see bench/gpu/run.py), RESULTS says where the JSON files go.
+PARTS ?=
+RESULTS ?= bench/results
+gpu: CMAKE_ARGS :=
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) bench/gpu/run.py $(PARTS) --results $(RESULTS)
 
 install: $(VENV)/install.stamp
 
