@@ -84,8 +84,10 @@ def _package() -> dict[str, Any]:
         "triton_kernels": _import_error("moe_offload.triton_kernels") is None,
         "tiny_model": _tiny_model_present(),
         "huggingface_error": _import_error("moe_offload.huggingface"),
+        "expert_backends": {},
     }
     if core_error is None:
+        found["expert_backends"] = importlib.import_module("moe_offload.backends").describe()
         found["core"] = dict(importlib.import_module("moe_offload._core").build_info())
     return found
 
@@ -219,6 +221,7 @@ def render(report: dict[str, Any]) -> str:
     rows = [
         ("moe_offload", f"{package.get('version')} in {package.get('folder')}"),
         ("pager (_core)", _built(core) if core else f"NOT BUILT: {package.get('core_error')}"),
+        ("expert backends", _backends_text(package.get("expert_backends", {}))),
         ("CUDA kernels", "built" if package.get("cuda_kernels") else "not in this version"),
         ("tiny model", "present" if package.get("tiny_model") else "absent"),
         ("python", f"{report['python'].get('version')}, {report['python'].get('platform')}"),
@@ -246,6 +249,12 @@ def render(report: dict[str, Any]) -> str:
 def _built(core: dict[str, Any]) -> str:
     standard = str(core["cplusplus"])[2:4]  # 202002 is C++20
     return f"built: C++{standard}, compiler {core['compiler']}, pybind11 {core['pybind11']}"
+
+
+def _backends_text(backends: dict[str, str | None]) -> str:
+    """Fastest first; "auto" takes the first that supports a layer."""
+    texts = [f"{name} (not here: {why})" if why else name for name, why in backends.items()]
+    return ", ".join(texts) or "none"
 
 
 def _torch_text(torch: dict[str, Any]) -> str:

@@ -3,10 +3,9 @@
     sort rows by expert -> acquire the working set -> compute what is here while the rest
     arrives -> combine in a fixed order
 
-The arithmetic is transformers' `grouped_mm` experts forward, operation by operation, with one
-matrix product per expert on the CPU (which is what torch's grouped_mm does there). An expert's rows
-are always computed together and rows never meet before the combine, so the result does not depend
-on which pages were resident, in which order the others came, or how many slots there are.
+The arithmetic is a backend's (`moe_offload.backends`). An expert's rows are always computed
+together and rows never meet before the combine, so the result does not depend on which pages were
+resident, in which order the others came, or how many slots there are.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_offload.activations import ExpertForm
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import StateError
 from moe_offload.offloader import ExpertLayer, Offloader
@@ -34,9 +34,8 @@ def run_experts(
     """Apply the routed experts of one layer, paging them in as needed.
 
     Args:
-        handle: where the layer's experts live.
-        module: supplies `has_gate`, `has_bias`, `is_transposed`, and `_apply_gate` or `act_fn`,
-            as transformers' experts modules do.
+        handle: where the layer's experts live, and who computes them.
+        module: the experts module, asked whether it is in training mode.
         hidden_states: [T, H], floating point, CPU.
         top_k_index: [T, A], integer expert ids; ids outside [0, E) contribute nothing (that is
             how expert parallelism marks "not mine").
@@ -56,11 +55,11 @@ def run_experts(
             f"{handle.name}: offloaded experts are for inference; call model.eval() first"
         )
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-        args = (hidden_states, top_k_weights, handle, module, top_k_index)
+        args = (hidden_states, top_k_weights, handle, top_k_index)
         out: Tensor = _InferenceOnly.apply(*args)
         return out
     with torch.no_grad():
-        return _run(handle, module, hidden_states, top_k_index, top_k_weights)
+        return _run(handle, hidden_states, top_k_index, top_k_weights)
 
 
 class _InferenceOnly(torch.autograd.Function):
@@ -68,10 +67,10 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weights: Tensor, handle: PagedLayer, module: Any, index: Tensor
+        ctx: Any, hidden: Tensor, weights: Tensor, handle: PagedLayer, index: Tensor
     ) -> Tensor:
         ctx.layer_name = handle.name
-        return _run(handle, module, hidden, index, weights)
+        return _run(handle, hidden, index, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -81,108 +80,15 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
-def _run(
-    handle: PagedLayer, module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    num_tokens, top_k = top_k_index.shape
-    sorted_ids, perm = torch.sort(top_k_index.reshape(-1))  # [R], R = T * A
-    rows = hidden[perm // top_k]  # [R, H]
-    ids, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
-    experts: list[int] = ids.tolist()
-    ends: list[int] = torch.cumsum(counts, 0).tolist()
-    starts = [0, *ends[:-1]]
-    routed = [i for i, expert in enumerate(experts) if 0 <= expert < handle.num_experts]
-
-    with handle.pool.pager.acquire(handle.layer, [experts[i] for i in routed]) as ticket:
-        ffn = _ExpertFfn(module, handle.pool.views, rows)  # no resize while a ticket is open
+def _run(handle: PagedLayer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    assert handle.experts is not None, f"{handle.name} was described without a module"
+    run = handle.experts.start(hidden, top_k_index, top_k_weights)
+    pager = handle.pool.pager
+    with pager.acquire(handle.layer, run.experts) as ticket:
         while ready := ticket.next():
-            ffn.compute([(starts[routed[i]], ends[routed[i]], slot) for i, slot in ready])
-            ticket.release([i for i, _ in ready])
-    out = ffn.out
-    if out is None:  # no token was routed to any of our experts
-        return torch.zeros_like(hidden)
-
-    out = out * top_k_weights.reshape(-1)[perm].unsqueeze(-1)
-    inverse = torch.empty_like(perm)
-    inverse[perm] = torch.arange(perm.shape[0], device=perm.device)
-    out = out[inverse].view(num_tokens, top_k, -1).sum(dim=1)  # fixed order: rank of the choice
-    return out.to(hidden.dtype)
-
-
-Group = tuple[int, int, int]  # first row, end row, slot
-
-
-# Up to this many elements the activation is applied to all rows at once, see _ExpertFfn. Each
-# arrival then repeats it: 0.1 ms at most, against milliseconds for reading an expert's weights.
-_WHOLE_ACTIVATION_ELEMENTS = 128 * 1024
-
-
-class _ExpertFfn:
-    """Both projections and the activation for rows sorted by expert, a few experts at a time.
-
-    Results must not depend on which experts come together. Two things in the libraries below
-    would break that. BLAS chooses instructions by the alignment of its operands: so every
-    expert's rows keep their place in full-size buffers, whenever they are computed. And torch's
-    elementwise loops treat the ends of a tensor with scalar functions that differ from the vector
-    ones in the last bit (seen with SiLU in fp32): so the activation is applied either always to
-    the whole buffer, as the resident model does, or, when that is large, always expert by expert.
-
-    Rows that belong to no group stay zero.
-
-    Args:
-        rows: [R, H], sorted by expert.
-    """
-
-    def __init__(self, module: Any, views: Mapping[str, Tensor], rows: Tensor) -> None:
-        self._module, self._views = module, views
-        self._up = "gate_up_proj" if module.has_gate else "up_proj"
-        self._rows = rows.to(views[self._up].dtype)
-        self._up_out: Tensor | None = None  # [R, 2F] or [R, F]
-        self._inner: Tensor | None = None  # [R, F]
-        self.out: Tensor | None = None  # [R, H]
-
-    def compute(self, groups: list[Group]) -> None:
-        """Fill `out` for the rows of these experts."""
-        self._up_out = self._linear(self._up, self._rows, groups, self._up_out)
-        if self._up_out.numel() <= _WHOLE_ACTIVATION_ELEMENTS:
-            self._inner = self._activate(self._up_out)  # rows not here yet are repeated later
-        else:
-            for start, end, _ in groups:
-                part = self._activate(self._up_out[start:end])
-                if self._inner is None:
-                    self._inner = part.new_empty(len(self._rows), part.shape[1])
-                self._inner[start:end] = part
-        assert self._inner is not None, "a ticket delivers at least one expert at a time"
-        self.out = self._linear("down_proj", self._inner, groups, self.out)
-
-    def _activate(self, up_out: Tensor) -> Tensor:
-        module = self._module
-        activated: Tensor = module._apply_gate(up_out) if module.has_gate else module.act_fn(up_out)
-        return activated
-
-    def _linear(self, name: str, rows: Tensor, groups: list[Group], out: Tensor | None) -> Tensor:
-        weight = self._views[name]  # [S, N, K], or [S, K, N] when transposed
-        transposed = self._module.is_transposed
-        rows = rows.to(weight.dtype)
-        if out is None:
-            shape = (len(rows), weight.shape[2 if transposed else 1])
-            out = rows.new_zeros(shape)
-        bias = self._views[f"{name}_bias"] if self._module.has_bias else None
-        for start, end, slot in groups:
-            matrix = weight[slot] if transposed else weight[slot].t()
-            torch.mm(rows[start:end], matrix, out=out[start:end])
-            if bias is not None:
-                out[start:end] += bias[slot]
-        return out
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "relu": nn.functional.relu,
-    "relu2": lambda x: nn.functional.relu(x).square(),
-}
+            run.compute(handle.pool, ready)  # no resize while a ticket is open
+            ticket.release([index for index, _ in ready])
+    return run.finish()
 
 
 class OffloadedExperts(nn.Module):
@@ -212,8 +118,7 @@ class OffloadedExperts(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self._configure(weights, activation)
-        layer = _as_layer(weights, "experts")
+        layer = _as_layer(weights, "experts", activation)
         pages = TensorPages()
         pages.add_layer(0, weights)
         self.offloader = Offloader([layer], pages, OffloadConfig.from_options(**options))
@@ -232,35 +137,17 @@ class OffloadedExperts(nn.Module):
         pages = TensorPages()
         described = []
         for index, weights in enumerate(layers):
-            described.append(_as_layer(weights, f"layers.{index}.experts"))
+            described.append(_as_layer(weights, f"layers.{index}.experts", activation))
             pages.add_layer(index, weights)
         offloader = Offloader(described, pages, OffloadConfig.from_options(**options))
         modules = []
-        for index, weights in enumerate(layers):
+        for index in range(len(layers)):
             module = cls.__new__(cls)
             nn.Module.__init__(module)
-            module._configure(weights, activation)
             module.offloader = offloader
             module._handle = offloader.handle(index)
             modules.append(module.eval())
         return modules
-
-    def _configure(
-        self, weights: Mapping[str, Tensor], activation: str | Callable[[Tensor], Tensor]
-    ) -> None:
-        if isinstance(activation, str):
-            if activation not in _ACTIVATIONS:
-                known = ", ".join(_ACTIVATIONS)
-                raise ValueError(f"activation: expected one of {known}, got {activation!r}")
-            activation = _ACTIVATIONS[activation]
-        self.act_fn = activation
-        self.has_gate = "gate_up_proj" in weights
-        self.has_bias = "down_proj_bias" in weights
-        self.is_transposed = False
-
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
 
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """[T, H], [T, A] ids, [T, A] weights -> [T, H]; see `run_experts`."""
@@ -307,7 +194,11 @@ class OffloadedMoE(nn.Module):
         return self.experts(tokens, ids, weights).view(hidden.shape)
 
 
-def _as_layer(weights: Mapping[str, Tensor], name: str) -> ExpertLayer:
+def _as_layer(
+    weights: Mapping[str, Tensor],
+    name: str,
+    activation: str | Callable[[Tensor], Tensor] = "silu",
+) -> ExpertLayer:
     up = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
     allowed = {up, "down_proj", f"{up}_bias", "down_proj_bias"}
     if up not in weights or "down_proj" not in weights or not set(weights) <= allowed:
@@ -330,4 +221,5 @@ def _as_layer(weights: Mapping[str, Tensor], name: str) -> ExpertLayer:
                 f"{up} {tuple(weights[up].shape)}, got {tuple(tensor.shape)}"
             )
     tensors = {key: (tuple(t.shape[1:]), t.dtype) for key, t in weights.items()}
-    return ExpertLayer(name, None, num_experts, tensors)
+    form = ExpertForm.build(activation, up == "gate_up_proj", "down_proj_bias" in weights)
+    return ExpertLayer(name, form, num_experts, tensors)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moe_offload.backends import choose
 from moe_offload.config import OffloadConfig, format_bytes, parse_budget
 from moe_offload.errors import BudgetError, StateError
 from moe_offload.pager import MIN_SLOTS, ExpertPool, PagedLayer
@@ -29,7 +30,8 @@ class ExpertLayer:
 
     Attributes:
         name: qualified module name, for messages.
-        module: the module itself (nn.Module), or None where nothing needs it.
+        module: the experts module, or an `ExpertForm`: what a backend reads to know the
+            arithmetic. None for layers that are only paged, never computed.
         num_experts: E.
         tensors: `{parameter name: (shape of one expert's slice, dtype)}`, in page order.
     """
@@ -121,6 +123,7 @@ class Offloader:
         slots = plan_slots(self._layouts, self._num_pages, config.device_budget)
         self.pools: list[ExpertPool] = []
         self._handles: dict[int, PagedLayer] = {}
+        self._backends: dict[int, tuple[str, str | None]] = {}  # name, why not a faster one
         try:
             for (layout, members), num_slots in zip(groups.items(), slots, strict=True):
                 counts = [self.layers[index].num_experts for index in members]
@@ -128,13 +131,24 @@ class Offloader:
                 pool = ExpertPool(layout, members, names, counts, pages, num_slots, config)
                 self.pools.append(pool)
                 for local, index in enumerate(members):
-                    self._handles[index] = PagedLayer(pool, local, names[local], counts[local])
+                    self._handles[index] = self._bind(pool, local, index)
             self._fill()
         except BaseException:
             _close_pools(self.pools)
             raise
         # Also runs at interpreter exit, before threads become impossible to join.
         self._finalizer = weakref.finalize(self, _close_pools, self.pools)
+
+    def _bind(self, pool: ExpertPool, local: int, index: int) -> PagedLayer:
+        layer = self.layers[index]
+        experts = None
+        if layer.module is not None:
+            backend, passed_over = choose(
+                self.config.expert_backend, layer.module, pool.layout, layer.name
+            )
+            experts = backend.bind(layer.module, pool.layout, layer.num_experts)
+            self._backends[index] = (backend.name, passed_over)
+        return PagedLayer(pool, local, layer.name, layer.num_experts, experts)
 
     def _fill(self) -> None:
         for pool in self.pools:
@@ -171,19 +185,26 @@ class Offloader:
         demand_misses, joined_prefetches, hit_rate, hit_rate_without_prefetch, demand_bytes,
         prefetch_bytes_used, prefetch_bytes_wasted, fill_bytes, disk_bytes, evictions, bypasses,
         stall_seconds, overlap_seconds, device_budget_bytes, total_expert_bytes, num_slots,
-        num_pages, resident_pages, policy, expert_backend, io_mode, files_deleted, per_layer.
+        num_pages, resident_pages, policy, expert_backend (several names when layers differ),
+        io_mode, files_deleted, and per_layer: the same for each layer, with its expert_backend
+        and, in passed_over, why no faster one computes it (None: the fastest does).
         """
         self._check_open("stats")
         per_layer = layer_stats(self.pools)
+        totals = total_stats(per_layer)
+        for row in per_layer:
+            row["expert_backend"], row["passed_over"] = self._backends.get(
+                row["layer"], ("none", None)
+            )
         return {
-            **total_stats(per_layer),
+            **totals,
             "device_budget_bytes": self.device_budget_bytes,
             "total_expert_bytes": self.total_expert_bytes,
             "num_slots": sum(pool.num_slots for pool in self.pools),
             "num_pages": sum(self._num_pages),
             "resident_pages": sum(len(pool.pager.residents()) for pool in self.pools),
             "policy": self.config.policy,
-            "expert_backend": "grouped_mm",
+            "expert_backend": "/".join(sorted({row["expert_backend"] for row in per_layer})),
             "io_mode": "/".join(sorted({pool.io_mode() for pool in self.pools})),
             "files_deleted": any(pool.files_deleted() for pool in self.pools),
             "per_layer": per_layer,

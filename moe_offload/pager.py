@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_offload import _core
+from moe_offload.backends import BoundExperts
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import StateError
 from moe_offload.pages import PageLayout, allocate_slab
@@ -29,6 +30,7 @@ class PagedLayer:
     layer: int  # index in the pool
     name: str
     num_experts: int
+    experts: BoundExperts | None = None  # who computes them; None for layers that are only paged
 
 
 class ExpertPool:

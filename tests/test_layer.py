@@ -40,7 +40,7 @@ def test_bit_equal_to_resident_for_every_budget(dtype, tokens, kind):
 
 
 def test_results_do_not_depend_on_arrival_when_the_activation_goes_expert_by_expert(monkeypatch):
-    monkeypatch.setattr("moe_offload.layer._WHOLE_ACTIVATION_ELEMENTS", 100)
+    monkeypatch.setattr("moe_offload.backends.grouped_mm._WHOLE_ACTIVATION_ELEMENTS", 100)
     weights = random_weights(16, 32, 24, gate=False)  # 24 floats: a vector and a scalar rest
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(9, 32, generator=generator)
