@@ -1,0 +1,141 @@
+// The vocabulary of simt.h on a GPU, sm_80 and newer: each word is an intrinsic or one PTX
+// instruction. Memory orders and fragment layouts are those of the PTX ISA manual; host.h models
+// them and csrc/tests/test_simt.cpp checks the model against a plain matrix product.
+#pragma once
+
+namespace simt {
+
+SIMT_FUNCTION int thread_id() { return int(threadIdx.x); }
+SIMT_FUNCTION int block_x() { return int(blockIdx.x); }
+SIMT_FUNCTION int block_y() { return int(blockIdx.y); }
+SIMT_FUNCTION int grid_x() { return int(gridDim.x); }
+SIMT_FUNCTION int grid_y() { return int(gridDim.y); }
+
+SIMT_FUNCTION void block_sync() { __syncthreads(); }
+SIMT_FUNCTION void warp_sync() { __syncwarp(); }
+
+template <class V>
+SIMT_FUNCTION V shuffle(V value, int source_lane) {
+    return __shfl_sync(0xffffffffu, value, source_lane);
+}
+template <class V>
+SIMT_FUNCTION V shuffle_xor(V value, int lane_mask) {
+    return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+SIMT_FUNCTION uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+SIMT_FUNCTION uint32_t match_any(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
+
+template <class T>
+SIMT_FUNCTION T from_float(float value);
+template <>
+SIMT_FUNCTION bf16 from_float<bf16>(float value) {
+    bf16 out;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+    return out;
+}
+template <>
+SIMT_FUNCTION f16 from_float<f16>(float value) {
+    f16 out;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+    return out;
+}
+SIMT_FUNCTION float to_float(bf16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
+SIMT_FUNCTION float to_float(f16 value) {
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value.bits));
+    return out;
+}
+
+SIMT_FUNCTION float fast_exp(float x) { return __expf(x); }
+
+template <class T>
+SIMT_FUNCTION void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+#define SIMT_MMA(T, name)                                                                      \
+    template <>                                                                                \
+    SIMT_FUNCTION void mma<T>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                             \
+            ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                       \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                   \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));               \
+    }
+SIMT_MMA(bf16, "bf16")
+SIMT_MMA(f16, "f16")
+#undef SIMT_MMA
+
+SIMT_FUNCTION uint32_t shared_address(const void* pointer) {
+    return uint32_t(__cvta_generic_to_shared(pointer));
+}
+
+SIMT_FUNCTION void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+SIMT_FUNCTION void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// `source_bytes` of 16, the rest zeros; 0 reads nothing (the address must still be a valid one).
+SIMT_FUNCTION void cp_async(void* shared, const void* global, int source_bytes) {
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(source_bytes)
+        : "memory");
+}
+SIMT_FUNCTION void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kNewestGroupsLeft>
+SIMT_FUNCTION void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kNewestGroupsLeft) : "memory");
+}
+
+template <Keep kKeep>
+SIMT_FUNCTION U4 load16(const void* pointer) {
+    U4 v;
+    if constexpr (kKeep == Keep::streamed) {
+        asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                     : "l"(pointer));
+    } else if constexpr (kKeep == Keep::reused) {
+        asm volatile("ld.global.nc.L2::evict_last.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                     : "l"(pointer));
+    } else if constexpr (kKeep == Keep::coherent) {
+        asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                     : "l"(pointer)
+                     : "memory");
+    } else {
+        asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                     : "l"(pointer)
+                     : "memory");
+    }
+    return v;
+}
+SIMT_FUNCTION void store16(void* pointer, U4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "r"(v.word[0]),
+                 "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+                 : "memory");
+}
+
+SIMT_FUNCTION int atomic_add(int* counter, int value) { return atomicAdd(counter, value); }
+SIMT_FUNCTION void thread_fence() { __threadfence(); }
+
+// Programmatic dependent launch: on sm_90 and newer a kernel launched with the attribute starts
+// while the one before it drains, and may touch nothing that one writes until it has waited.
+SIMT_FUNCTION void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+SIMT_FUNCTION void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace simt
