@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 from harness import Row
 from limits import disk_read_bytes, drop_page_cache, files_under, memory_bytes
 
@@ -51,26 +52,29 @@ class Contender:
         self.offloader: Any = None
         self._model_class = OlmoeForCausalLM
         self._files: list[Path] = []
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Load and run a toy model, so that the libraries' code is read before the model's bytes.
+
+        The kernel counts both alike, and code pages of torch are tens of megabytes.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            toy = checkpoints.write(checkpoints.QUICK, Path(folder, "toy"))
+            offload_folder = self.offload_folder and Path(folder, "offload")
+            model = self._load(toy, offload_folder)
+            with self.torch.no_grad():
+                model(input_ids=self.torch.tensor([[1, 2, 3]]))
+            if self.budget is not None:
+                importlib.import_module("moe_offload").get_offloader(model).close()
 
     def load(self) -> Row:
         """Load the model; answers with seconds, disk bytes and memory before and after."""
         before, read_before = memory_bytes(), disk_read_bytes()
         start = time.perf_counter()
+        self.model = self._load(self.checkpoint, self.offload_folder)
         if self.budget is not None:
-            import moe_offload
-
-            self.model = moe_offload.from_pretrained(self.checkpoint, device_budget=self.budget)
-            self.offloader = moe_offload.get_offloader(self.model)
-        elif self.offload_folder is not None:
-            self.model = self._model_class.from_pretrained(
-                self.checkpoint,
-                dtype="auto",
-                device_map=_experts_on_disk(self.checkpoint),
-                offload_folder=self.offload_folder,
-            )
-        else:
-            self.model = self._model_class.from_pretrained(self.checkpoint, dtype="auto")
-        self.model.eval()
+            self.offloader = importlib.import_module("moe_offload").get_offloader(self.model)
         seconds = time.perf_counter() - start
         folders = [self.checkpoint, self.offload_folder]
         self._files = files_under(*[folder for folder in folders if folder is not None])
@@ -82,6 +86,20 @@ class Contender:
             "experts_implementation": self.model.config._experts_implementation,
             "stats": self._stats(),
         }
+
+    def _load(self, checkpoint: Path, offload_folder: Path | None) -> Any:
+        """The model in this contender's way, in eval mode."""
+        if self.budget is not None:
+            moe_offload = importlib.import_module("moe_offload")
+            return moe_offload.from_pretrained(checkpoint, device_budget=self.budget)
+        if self.offload_folder is not None:
+            return self._model_class.from_pretrained(
+                checkpoint,
+                dtype="auto",
+                device_map=_experts_on_disk(checkpoint),
+                offload_folder=offload_folder,
+            ).eval()
+        return self._model_class.from_pretrained(checkpoint, dtype="auto").eval()
 
     def generate(self, prompt: list[int], new_tokens: int, drop_cache: bool) -> Row:
         """Greedy tokens after `prompt`, with the time of each forward and what it moved.

@@ -119,6 +119,12 @@ def _bad(path: str, what: str) -> CheckpointError:
     )
 
 
+def _no_read_ahead(descriptor: int) -> None:
+    """Let the kernel read the bytes asked for and nothing beyond."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
 def _read_header_bytes(path: str) -> tuple[bytes, int]:
     if not os.path.isfile(path):
         kind = "is a directory" if os.path.isdir(path) else "does not exist"
@@ -128,6 +134,7 @@ def _read_header_bytes(path: str) -> tuple[bytes, int]:
         )
     try:
         with open(path, "rb") as file:
+            _no_read_ahead(file.fileno())  # it would read megabytes of weights behind the header
             file_size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
@@ -326,8 +333,7 @@ class Checkpoint:
         with self._lock:
             if path not in self._files:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                if hasattr(os, "posix_fadvise"):  # no read-ahead past the bytes asked for
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                _no_read_ahead(descriptor)
                 status = os.fstat(descriptor)
                 self._files[path] = (descriptor, (status.st_size, status.st_mtime_ns))
             return self._files[path]
