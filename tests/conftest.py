@@ -8,6 +8,10 @@ import pytest
 
 # Every model of the tests is on disk; a wrong path must fail at once, not after a download attempt.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Without a GPU, Triton kernels run through Triton's interpreter; it must be asked for before triton
+# is imported anywhere. With one, they are compiled, unless the caller says otherwise.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
