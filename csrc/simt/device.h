@@ -96,11 +96,13 @@ template <Keep kKeep>
 SIMT_FUNCTION U4 load16(const void* pointer) {
     U4 v;
     if constexpr (kKeep == Keep::streamed) {
-        asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0,%1,%2,%3}, [%4];"
+        uint64_t policy;  // not volatile: made once per kernel
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
                      : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-                     : "l"(pointer));
+                     : "l"(pointer), "l"(policy));
     } else if constexpr (kKeep == Keep::reused) {
-        asm volatile("ld.global.nc.L2::evict_last.v4.u32 {%0,%1,%2,%3}, [%4];"
+        asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
                      : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
                      : "l"(pointer));
     } else if constexpr (kKeep == Keep::coherent) {
@@ -120,6 +122,13 @@ SIMT_FUNCTION void store16(void* pointer, U4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "r"(v.word[0]),
                  "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
                  : "memory");
+}
+
+SIMT_FUNCTION void store8(void* pointer, uint32_t low, uint32_t high) {
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(pointer), "r"(low), "r"(high) : "memory");
+}
+SIMT_FUNCTION void store4(void* pointer, uint32_t v) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(pointer), "r"(v) : "memory");
 }
 
 SIMT_FUNCTION int atomic_add(int* counter, int value) { return atomicAdd(counter, value); }

@@ -175,6 +175,16 @@ inline void store16(void* pointer, U4 v) {
     std::memcpy(pointer, &v, 16);
 }
 
+inline void store8(void* pointer, uint32_t low, uint32_t high) {
+    detail::check_aligned("store8", pointer, 8);
+    std::memcpy(pointer, &low, 4);
+    std::memcpy(static_cast<char*>(pointer) + 4, &high, 4);
+}
+inline void store4(void* pointer, uint32_t v) {
+    detail::check_aligned("store4", pointer, 4);
+    std::memcpy(pointer, &v, 4);
+}
+
 inline int atomic_add(int* counter, int value) {
     const int old = *counter;
     *counter = old + value;

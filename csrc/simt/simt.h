@@ -8,7 +8,7 @@
 //
 //   words      thread_id lane_id warp_id block_x block_y grid_x grid_y | block_sync warp_sync
 //              shuffle shuffle_xor ballot match_any | mma ldmatrix_x4 | cp_async cp_async_commit
-//              cp_async_wait | load16 store16 | atomic_add thread_fence | fast_exp
+//              cp_async_wait | load16 store16 store8 store4 | atomic_add thread_fence | fast_exp
 //              wait_for_previous_kernel let_next_kernel_start
 //
 // What emulation cannot show: speed, and races between blocks beyond their order (blocks run one
@@ -22,10 +22,12 @@
 #define SIMT_FUNCTION __device__ __forceinline__
 #define SIMT_BOTH __host__ __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
+#define SIMT_NO_UNROLL _Pragma("unroll 1")
 #else
 #define SIMT_FUNCTION inline
 #define SIMT_BOTH inline
 #define SIMT_UNROLL
+#define SIMT_NO_UNROLL
 #endif
 
 namespace simt {
