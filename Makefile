@@ -20,7 +20,7 @@ export CMAKE_ARGS := -DMOE_OFFLOAD_WERROR=ON
 PIP := $(VENV)/bin/python -m pip -qq install --constraint constraints.txt
 
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-BUILD_INPUTS = setup.py CMakeLists.txt $(filter csrc/paging/% csrc/bindings.cpp,$(CPP_FILES))
+BUILD_INPUTS = setup.py CMakeLists.txt $(wildcard cmake/*.cmake) $(filter-out csrc/tests/%,$(CPP_FILES))
 
 .PHONY: demo test lint cpp-test py-test bench gpu install clean
 .DELETE_ON_ERROR:
