@@ -107,8 +107,10 @@ std::shared_ptr<Pager> make_pager(std::shared_ptr<PageSource> source,
     options.slot_stride = slot_stride;
     options.admit_limit = admit_limit;
     options.wait_timeout_ns = static_cast<int64_t>(wait_timeout_s * 1e9);
-    auto rule =
-        make_policy(policy, options.num_experts.size() * static_cast<size_t>(stride), kept_pages);
+    auto rule = make_policy(policy, {.num_experts = options.num_experts,
+                                     .num_slots = num_slots,
+                                     .kept = std::move(kept_pages),
+                                     .next_request = {}});
     auto engine = std::make_unique<HostCopyEngine>(std::move(source), num_threads, chunk_bytes);
     return {new Pager(std::move(options), std::move(rule), std::move(engine)), destroy_pager};
 }
@@ -171,6 +173,7 @@ PYBIND11_MODULE(_core, m) {
     });
 
     m.attr("MIN_SLOTS") = Pager::kMinSlots;
+    m.def("policy_names", &policy_names, "live_only"_a);
     m.def("build_info", [] {
         return py::dict("compiler"_a = __VERSION__, "cplusplus"_a = __cplusplus,
                         "pybind11"_a = PYBIND11_TOSTRING(
@@ -250,10 +253,11 @@ PYBIND11_MODULE(_core, m) {
              "num_threads"_a = 4, "chunk_bytes"_a = 1 << 20, "wait_timeout_s"_a = 120.0)
         .def(
             "acquire",
-            [](Pager& self, int32_t layer, const std::vector<int32_t>& experts) {
-                return self.acquire(layer, experts);
-            },
-            "layer"_a, "experts"_a, ReleaseGil())
+            [](Pager& self, int32_t layer, const std::vector<int32_t>& experts,
+               const std::vector<float>& weights,
+               int32_t num_tokens) { return self.acquire(layer, experts, weights, num_tokens); },
+            "layer"_a, "experts"_a, "weights"_a = std::vector<float>{}, "num_tokens"_a = 0,
+            ReleaseGil())
         .def(
             "prefetch",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& experts) {
@@ -261,6 +265,14 @@ PYBIND11_MODULE(_core, m) {
             },
             "layer"_a, "experts"_a, ReleaseGil())
         .def("cancel_prefetches", &Pager::cancel_prefetches, "layer"_a = -1, ReleaseGil())
+        .def(
+            "predict",
+            [](Pager& self, int32_t layer, const std::vector<int32_t>& experts,
+               const std::vector<float>& probabilities,
+               int32_t visits_ahead) { self.predict(layer, experts, probabilities, visits_ahead); },
+            "layer"_a, "experts"_a, "probabilities"_a, "visits_ahead"_a = 0, ReleaseGil())
+        .def("begin_sequence", &Pager::begin_sequence, ReleaseGil())
+        .def("set_recording", &Pager::set_recording, "recording"_a, ReleaseGil())
         .def(
             "fill",
             [](Pager& self, const std::vector<std::pair<int32_t, int32_t>>& pages) {
@@ -275,6 +287,7 @@ PYBIND11_MODULE(_core, m) {
         .def("residents", &Pager::residents)
         .def_property_readonly("num_live_tickets", &Pager::num_live_tickets)
         .def_property_readonly("admit_limit", &Pager::admit_limit)
+        .def_property_readonly("uses_weights", &Pager::uses_weights)
         .def(
             "set_chaos",
             [](Pager& self, uint64_t seed, int64_t max_delay_us, bool reorder,

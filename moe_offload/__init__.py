@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_offload.layer import OffloadedExperts, OffloadedMoE
     from moe_offload.offloader import Offloader
     from moe_offload.planning import plan
+    from moe_offload.scheduling import batch_generate
     from moe_offload.verification import verify
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ _HOMES = {
     "Offloader": "moe_offload.offloader",
     "OffloadedExperts": "moe_offload.layer",
     "OffloadedMoE": "moe_offload.layer",
+    "batch_generate": "moe_offload.scheduling",
     "plan": "moe_offload.planning",
     "verify": "moe_offload.verification",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "OffloadedExperts",
     "OffloadedMoE",
     "Offloader",
+    "batch_generate",
     "from_pretrained",
     "get_offloader",
     "offload",

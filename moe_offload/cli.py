@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import moe_offload
 from moe_offload.errors import MoEOffloadError
+from moe_offload.policies import LIVE_POLICIES
 
 _MODEL = "a checkpoint folder, a hub id, or `tiny`, the small model that comes with this package"
 _BUDGET = 'memory for experts: bytes, "6GiB", "500MB" or a share of all experts, "25%%"'
@@ -104,7 +105,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="F", help="a file that holds it; - for stdin")
     parser.add_argument(
-        "--policy", choices=("lru", "lfu", "static"), default="lru", help="which expert leaves"
+        "--policy", choices=LIVE_POLICIES, default="lru", help="which expert leaves (lru)"
     )
     parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="(64)")
     parser.add_argument(

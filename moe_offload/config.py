@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from moe_offload.errors import BudgetError
+from moe_offload.policies import LIVE_POLICIES
 
 _UNITS = {"": 1, "b": 1}
 for _power, _prefix in enumerate("kmgt", start=1):
@@ -75,8 +76,8 @@ class OffloadConfig:
 
     Attributes:
         device_budget: what experts may occupy on the compute device, see `parse_budget`.
-        policy: which resident page leaves first: "lru" over all layers, "lfu" (decayed counts)
-            or "static" (a fixed set stays, everything else streams through).
+        policy: which resident page leaves first: "lru" over all layers, "lru-per-layer", "lfu",
+            "static", "score", ...: a name in `moe_offload.policies.LIVE_POLICIES`.
         static_experts: for policy "static", the (layer, expert) pairs that stay. Default: the
             first experts of each layer, evenly.
         device: where experts are computed. "cpu" in this version.
@@ -91,7 +92,7 @@ class OffloadConfig:
     """
 
     device_budget: int | str = "25%"
-    policy: Literal["lru", "lfu", "static"] = "lru"
+    policy: str = "lru"
     static_experts: Sequence[tuple[int, int]] | None = None
     device: str = "cpu"
     expert_backend: Literal["auto", "grouped_mm"] = "auto"
@@ -103,7 +104,7 @@ class OffloadConfig:
 
     def __post_init__(self) -> None:
         parse_budget(self.device_budget, 1 << 62)  # malformed budgets fail here, before any work
-        _choose("policy", self.policy, ("lru", "lfu", "static"))
+        _choose("policy", self.policy, LIVE_POLICIES)
         _choose("expert_backend", self.expert_backend, ("auto", "grouped_mm"))
         if self.fill not in (True, False, "auto"):
             raise ValueError(f'fill: expected True, False or "auto", got {self.fill!r}')

@@ -84,11 +84,25 @@ def _run(handle: PagedLayer, hidden: Tensor, top_k_index: Tensor, top_k_weights:
     assert handle.experts is not None, f"{handle.name} was described without a module"
     run = handle.experts.start(hidden, top_k_index, top_k_weights)
     pager = handle.pool.pager
-    with pager.acquire(handle.layer, run.experts) as ticket:
+    weights: list[float] = []
+    if pager.uses_weights:
+        weights = _router_weights(run.experts, handle.num_experts, top_k_index, top_k_weights)
+    with pager.acquire(handle.layer, run.experts, weights, len(hidden)) as ticket:
         while ready := ticket.next():
             run.compute(handle.pool, ready)  # no resize while a ticket is open
             ticket.release([index for index, _ in ready])
     return run.finish()
+
+
+def _router_weights(
+    experts: Sequence[int], num_experts: int, top_k_index: Tensor, top_k_weights: Tensor
+) -> list[float]:
+    """Each expert's weight summed over the call's tokens, for the policies that read it."""
+    ids = top_k_index.reshape(-1).to(torch.int64)
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    sums = torch.zeros(num_experts + 1, device=ids.device)
+    values: list[float] = sums.index_add_(0, ids, top_k_weights.reshape(-1).float()).tolist()
+    return [values[expert] for expert in experts]
 
 
 class OffloadedExperts(nn.Module):

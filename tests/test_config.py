@@ -37,7 +37,12 @@ def test_malformed_budgets_are_refused(budget):
     ("options", "error", "message"),
     [
         ({"polcy": "lru"}, TypeError, "unknown option 'polcy'; known options: device_budget"),
-        ({"policy": "mru"}, ValueError, "policy: expected one of lru, lfu, static, got 'mru'"),
+        (
+            {"policy": "mru"},
+            ValueError,
+            "policy: expected one of lru, lru-per-layer, lfu, .*, got 'mru'",
+        ),
+        ({"policy": "belady"}, ValueError, "policy: expected one of lru, .*, got 'belady'"),
         ({"device": "cuda"}, ValueError, "computes experts on the CPU"),
         ({"expert_backend": "x"}, ValueError, "expert_backend: expected one of"),
         ({"fill": "yes"}, ValueError, "fill: expected True, False"),

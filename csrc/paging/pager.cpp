@@ -32,6 +32,7 @@ Pager::Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
               ? 0
               : *std::max_element(options_.num_experts.begin(), options_.num_experts.end())),
       admit_limit_(options_.admit_limit),
+      uses_weights_(policy->uses_weights()),
       owner_pid_(::getpid()),
       table_(options_.num_experts.size() * static_cast<size_t>(experts_per_layer_),
              options_.num_slots, std::move(policy)),
@@ -115,16 +116,31 @@ void Pager::check_request(int32_t layer, std::span<const int32_t> experts) {
     }
 }
 
-std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> experts) {
+void Pager::check_values(std::span<const int32_t> experts, std::span<const float> values) const {
+    if (values.size() != experts.size())
+        throw std::invalid_argument("pager: expected one value per expert, got " +
+                                    std::to_string(values.size()) + " for " +
+                                    std::to_string(experts.size()));
+}
+
+std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> experts,
+                                       std::span<const float> weights, int32_t num_tokens) {
     check_usable();
     auto ticket = std::make_shared<Ticket>(shared_from_this(), layer);
     Lock lock(mutex_);
     ticket->closed_ = true;  // until it is complete: an exception below leaves nothing to undo
     check_request(layer, experts);
+    if (!weights.empty()) check_values(experts, weights);
     ticket->closed_ = false;
     ++num_live_tickets_;
     ticket->opened_ns_ = now_ns();
+    if (log_) log_->add(EventKind::kRequest, layer, experts, weights, num_tokens);
     if (evict_probability_ > 0) evict_at_random();
+
+    pages_.clear();
+    for (const int32_t expert : experts) pages_.push_back(page_of(layer, expert));
+    LayerRequest request{layer, pages_, weights, num_tokens};
+    table_.begin_request(request);
 
     LayerCounters& counters = counters_[static_cast<size_t>(layer)];
     ++counters.acquires;
@@ -134,7 +150,7 @@ std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> e
     // The pages that are here are locked before any slot is given away.
     std::vector<int32_t> misses;
     for (size_t i = 0; i < experts.size(); ++i) {
-        const PageIndex page = page_of(layer, experts[i]);
+        const PageIndex page = pages_[i];
         Ticket::Item& item = ticket->items_[i];
         item.load = loads_[page];
         if (item.load) {
@@ -155,7 +171,7 @@ std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> e
         if (load && !load->demanded && layer_of(load->page) == layer) cancel(load);
     }
     counters.demand_misses += misses.size();
-    if (!misses.empty()) schedule_misses(*ticket, misses);
+    if (!misses.empty()) schedule_misses(*ticket, request, misses);
     return ticket;
 }
 
@@ -174,70 +190,36 @@ void Pager::join(const std::shared_ptr<Load>& load, LayerCounters& counters) {
     }
 }
 
-// Gives slots to the misses of a ticket. The placed ones keep their slots afterwards; the others
-// pass through the same slots before them, chained in the order the slots come free.
-void Pager::schedule_misses(Ticket& ticket, std::vector<int32_t> misses) {
-    // Those placed are the last ones, so what the policy prefers goes to the end.
-    std::stable_partition(misses.begin(), misses.end(), [&](int32_t index) {
-        return !table_.prefers(ticket.items_[static_cast<size_t>(index)].load->page);
-    });
-    std::vector<SlotIndex> slots;
-    std::vector<int32_t> heads;  // item that holds each slot first; -1: nobody yet
-    const size_t wanted = std::min(misses.size(), admit_limit_);
-    size_t first_kept = misses.size() - wanted;
-    for (size_t i = first_kept; i < misses.size(); ++i) {
-        SlotIndex slot = kNoSlot;
-        const auto& load = ticket.items_[static_cast<size_t>(misses[i])].load;
-        if (!place(load->page, slot)) break;
-        loads_[load->page] = load;
-        table_.pin(slot);
-        slots.push_back(slot);
-        heads.push_back(-1);
+// Gives slots to the misses of a ticket and starts the copies that need not wait for a release.
+void Pager::schedule_misses(Ticket& ticket, const LayerRequest& request,
+                            std::span<const int32_t> misses) {
+    const auto load_of = [&](int32_t item) -> const std::shared_ptr<Load>& {
+        return ticket.items_[static_cast<size_t>(item)].load;
+    };
+    const SlotTable::Circumstances live{
+        [&](int32_t item) { return load_of(item)->state == Load::State::kReady; },
+        [this] { return reclaim_prefetch(); }};
+    const auto& admitted = table_.admit(request, misses, admit_limit_, live);
+    for (const PageIndex page : table_.evicted()) {
+        account_eviction(page);
+        loads_[page] = nullptr;
     }
-    if (slots.empty()) {
-        // The pool is so small that this ticket's own hits fill it: stream through their slots,
-        // unless another ticket reads them too.
-        const size_t limit = wanted;
-        for (size_t i = 0; i < ticket.items_.size() && slots.size() < limit; ++i) {
-            const Load& hit = *ticket.items_[i].load;
-            if (hit.slot == kNoSlot || table_.pins(hit.slot) != 1 ||
-                hit.state != Load::State::kReady)
-                continue;
-            const auto& load =
-                ticket.items_[static_cast<size_t>(misses[first_kept + slots.size()])].load;
-            account_eviction(hit.page);
-            loads_[hit.page] = nullptr;
-            table_.take_over(hit.slot, load->page);
-            loads_[load->page] = load;
-            table_.pin(hit.slot);
-            slots.push_back(hit.slot);
-            heads.push_back(static_cast<int32_t>(i));
-        }
-    }
-    if (slots.empty()) {  // other tickets pin everything: wait for them
+    if (admitted.empty()) {  // other tickets pin everything: wait for them
         for (const int32_t index : misses) starved_.emplace_back(&ticket, index);
         return;
     }
     LayerCounters& counters = counters_[static_cast<size_t>(ticket.layer_)];
-    counters.bypasses += misses.size() - slots.size();
-
-    // Chain j: those that pass through, then the one that stays.
-    std::vector<int32_t> order;
-    for (size_t i = 0; i < misses.size(); ++i)
-        if (i < first_kept || i >= first_kept + slots.size()) order.push_back(misses[i]);
-    for (size_t j = 0; j < slots.size(); ++j) order.push_back(misses[first_kept + j]);
-    const size_t passing = misses.size() - slots.size();
-    std::vector<int32_t> tails = heads;
-    for (size_t i = 0; i < order.size(); ++i) {
-        const size_t chain = i < passing ? i % slots.size() : i - passing;
-        Ticket::Item& item = ticket.items_[static_cast<size_t>(order[i])];
-        item.load->slot = slots[chain];
-        if (i < passing) table_.pin(slots[chain]);
-        if (tails[chain] >= 0)
-            ticket.items_[static_cast<size_t>(tails[chain])].successor = order[i];
+    for (const auto& [item, slot, after, stays] : admitted) {
+        const auto& load = load_of(item);
+        load->slot = slot;
+        if (stays)
+            loads_[load->page] = load;
         else
-            start(item.load);
-        tails[chain] = order[i];
+            ++counters.bypasses;
+        if (after >= 0)
+            ticket.items_[static_cast<size_t>(after)].successor = item;
+        else
+            start(load);
     }
 }
 
@@ -267,8 +249,8 @@ void Pager::account_eviction(PageIndex page) {
 
 // A slot for a demanded page; unstarted prefetches are given up when nothing else is left.
 bool Pager::place(PageIndex page, SlotIndex& slot) {
-    auto placed = table_.place(page, nullptr);
-    while (!placed && reclaim_prefetch()) placed = table_.place(page, nullptr);
+    auto placed = table_.place(page, nullptr, true);
+    while (!placed && reclaim_prefetch()) placed = table_.place(page, nullptr, true);
     if (!placed) return false;
     if (placed->evicted != kNoPage) {
         account_eviction(placed->evicted);
@@ -411,6 +393,18 @@ std::vector<std::tuple<int32_t, int32_t, SlotIndex>> Pager::residents() const {
         if (loads_[page] && loads_[page]->state == Load::State::kReady)
             residents.emplace_back(layer_of(page), expert_of(page), loads_[page]->slot);
     return residents;
+}
+
+void Pager::set_recording(bool recording) {
+    check_usable();
+    Lock lock(mutex_);
+    log_ = recording ? std::make_unique<EventLog>() : nullptr;
+}
+
+EventLog Pager::recorded() const {
+    check_usable();
+    Lock lock(mutex_);
+    return log_ ? *log_ : EventLog{};
 }
 
 size_t Pager::num_live_tickets() const {

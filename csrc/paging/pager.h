@@ -4,12 +4,12 @@
 // `acquire` and `prefetch`, under one lock, from the request and the policy alone: what is
 // evicted and what stays resident does not depend on how fast copies are. (Only concurrent
 // tickets that together need more slots than there are make placement depend on timing; results
-// never do.)
+// never do.) They are SlotTable's, which the replay of a recorded log shares.
 //
 // Streaming: of the misses of one ticket at most `admit_limit` get slots; the others are chained
 // behind them and pass through the same slots as those are released. By default the limit is a
 // layer's even share of the pool, so one prompt that touches every expert of a layer cannot empty
-// the cache of all the others.
+// the cache of all the others. A policy that chooses what stays is not bound by the limit.
 //
 // Threads: any thread may call anything. Worker threads of the copy engine only run
 // `on_copy_done`. No wait is unbounded: next() and drain() give up after wait_timeout_ns.
@@ -28,6 +28,7 @@
 
 #include "copy_engine.h"
 #include "counters.h"
+#include "event_log.h"
 #include "ticket.h"
 #include "timeline.h"
 
@@ -72,7 +73,10 @@ class Pager : public std::enable_shared_from_this<Pager> {
 
     // Locks the pages of distinct `experts` of a layer and starts the copies of those missing.
     // Never blocks on a copy. Throws std::invalid_argument for ids out of range or repeated.
-    std::shared_ptr<Ticket> acquire(int32_t layer, std::span<const int32_t> experts);
+    // For the policy: each expert's router weight summed over the call's tokens ({}: not given),
+    // and how many tokens these are (0: not given).
+    std::shared_ptr<Ticket> acquire(int32_t layer, std::span<const int32_t> experts,
+                                    std::span<const float> weights = {}, int32_t num_tokens = 0);
 
     // Starts copies of pages likely to be needed, behind all demands. Takes free slots and slots
     // of the policy's victims, never one that holds an unused prefetch. Returns how many copies
@@ -81,6 +85,12 @@ class Pager : public std::enable_shared_from_this<Pager> {
     // Cancels prefetches of a layer (-1: all) that nobody has demanded. acquire does this for its
     // own layer: once a layer is routed, the rest of its prefetches are stale.
     void cancel_prefetches(int32_t layer);
+    // Tells the policy how likely a layer needs these experts at its next visit, or `visits_ahead`
+    // visits later. Copies nothing.
+    void predict(int32_t layer, std::span<const int32_t> experts,
+                 std::span<const float> probabilities, int32_t visits_ahead = 0);
+    // Tells the policy that what follows belongs to new prompts.
+    void begin_sequence();
 
     // Starts copies into free slots only, evicting nothing; returns how many.
     size_t fill(std::span<const std::pair<int32_t, int32_t>> pages);
@@ -97,6 +107,11 @@ class Pager : public std::enable_shared_from_this<Pager> {
     std::vector<std::tuple<int32_t, int32_t, SlotIndex>> residents() const;
     size_t num_live_tickets() const;
     size_t admit_limit() const { return admit_limit_; }
+    bool uses_weights() const { return uses_weights_; }
+
+    // Keeps (true) or forgets (false) all requests from now on, for replay.
+    void set_recording(bool recording);
+    EventLog recorded() const;
 
     // See Chaos; additionally each acquire first evicts every unpinned page with this probability.
     void set_chaos(const Chaos& chaos, double evict_probability);
@@ -107,6 +122,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
 
     void check_usable() const;
     void check_request(int32_t layer, std::span<const int32_t> experts);
+    void check_values(std::span<const int32_t> experts, std::span<const float> values) const;
     PageIndex page_of(int32_t layer, int32_t expert) const;
     int32_t layer_of(PageIndex page) const;
     int32_t expert_of(PageIndex page) const;
@@ -114,7 +130,8 @@ class Pager : public std::enable_shared_from_this<Pager> {
 
     void evict_at_random();
     void join(const std::shared_ptr<Load>& load, LayerCounters& counters);
-    void schedule_misses(Ticket& ticket, std::vector<int32_t> misses);
+    void schedule_misses(Ticket& ticket, const LayerRequest& request,
+                         std::span<const int32_t> misses);
     bool place(PageIndex page, SlotIndex& slot);
     std::shared_ptr<Load> own(PageIndex page, SlotIndex slot, Load::Cause cause);
     void forget(PageIndex page);
@@ -135,6 +152,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     const PagerOptions options_;
     const int32_t experts_per_layer_;  // stride of PageIndex
     size_t admit_limit_;
+    const bool uses_weights_;
     const int owner_pid_;
 
     mutable std::mutex mutex_;
@@ -149,11 +167,13 @@ class Pager : public std::enable_shared_from_this<Pager> {
     size_t num_live_tickets_ = 0;
     std::vector<LayerCounters> counters_;
     Timeline timeline_;
+    std::unique_ptr<EventLog> log_;  // null: not recording
     std::exception_ptr fill_error_;
     double evict_probability_ = 0.0;
     std::mt19937_64 random_;
     std::vector<uint64_t> seen_;  // [num_pages], serial of the request that named the page
     uint64_t serial_ = 0;
+    std::vector<PageIndex> pages_;  // scratch: the request as pages
 
     std::unique_ptr<CopyEngine> engine_;  // last: destroyed first
 };

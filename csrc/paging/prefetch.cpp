@@ -12,22 +12,22 @@ size_t Pager::prefetch(int32_t layer, std::span<const int32_t> experts) {
     check_usable();
     Lock lock(mutex_);
     check_request(layer, experts);
+    if (log_) log_->add(EventKind::kPrefetch, layer, experts, {}, 0);
+    const auto may_evict = [this](PageIndex candidate) {
+        const Load& load = *loads_[candidate];
+        return load.demanded || load.cause != Load::Cause::kPrefetch;
+    };
     size_t started = 0;
     for (const int32_t expert : experts) {
         const PageIndex page = page_of(layer, expert);
         if (loads_[page]) continue;
-        SlotIndex slot = kNoSlot;
-        const auto placed = table_.place(page, [this](PageIndex candidate) {
-            const Load& load = *loads_[candidate];
-            return load.demanded || load.cause != Load::Cause::kPrefetch;
-        });
+        const auto placed = table_.place(page, may_evict, false);
         if (!placed) break;
         if (placed->evicted != kNoPage) {
             account_eviction(placed->evicted);
             loads_[placed->evicted] = nullptr;
         }
-        slot = placed->slot;
-        const auto load = own(page, slot, Load::Cause::kPrefetch);
+        const auto load = own(page, placed->slot, Load::Cause::kPrefetch);
         prefetching_.push_back(load);
         start(load);
         ++started;
@@ -45,6 +45,26 @@ void Pager::cancel_prefetches(int32_t layer) {
     }
 }
 
+void Pager::predict(int32_t layer, std::span<const int32_t> experts,
+                    std::span<const float> probabilities, int32_t visits_ahead) {
+    check_usable();
+    Lock lock(mutex_);
+    check_request(layer, experts);
+    check_values(experts, probabilities);
+    if (log_) log_->add(EventKind::kPredict, layer, experts, probabilities, visits_ahead);
+    pages_.clear();
+    for (const int32_t expert : experts) pages_.push_back(page_of(layer, expert));
+    table_.policy().predict({layer, pages_, probabilities, visits_ahead});
+}
+
+void Pager::begin_sequence() {
+    check_usable();
+    Lock lock(mutex_);
+    if (closed_) throw StateError("pager: used after close; load or offload the model again");
+    if (log_) log_->add(EventKind::kSequence, 0, {}, {}, 0);
+    table_.policy().sequence_begins();
+}
+
 size_t Pager::fill(std::span<const std::pair<int32_t, int32_t>> pages) {
     check_usable();
     Lock lock(mutex_);
@@ -52,11 +72,12 @@ size_t Pager::fill(std::span<const std::pair<int32_t, int32_t>> pages) {
     for (const auto& [layer, expert] : pages) {
         check_request(layer, std::span(&expert, 1));
         const PageIndex page = page_of(layer, expert);
+        if (log_) log_->add(EventKind::kFill, layer, std::span(&expert, 1), {}, 0);
         if (loads_[page]) continue;
         if (table_.num_free() == 0) break;
-        SlotIndex slot = kNoSlot;
-        place(page, slot);
-        start(own(page, slot, Load::Cause::kFill));
+        const auto slot = table_.place_free(page);
+        if (!slot) continue;  // the layer's quota is full
+        start(own(page, *slot, Load::Cause::kFill));
         ++started;
     }
     return started;

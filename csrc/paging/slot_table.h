@@ -2,7 +2,9 @@
 //
 // A pinned slot cannot be a victim: it is being read by a live ticket or written by a copy.
 // Evicting a page that the present forward still needs is this field's worst bug class, so the
-// rule lives in one place, here. Not thread safe; the pager calls it under its lock.
+// rule lives in one place, here. So does the decision what becomes of a request's misses
+// (`admit`): the live pager and the replay of a trace share it. Not thread safe; the pager calls
+// it under its lock.
 #pragma once
 
 #include <optional>
@@ -20,6 +22,18 @@ class SlotTable {
         SlotIndex slot;
         PageIndex evicted;  // kNoPage when the slot was free
     };
+    // How one miss of a request gets its bytes.
+    struct Admitted {
+        int32_t item;  // position in the request
+        SlotIndex slot;
+        int32_t after;  // item that has the slot before and whose release starts this copy, or -1
+        bool stays;     // false: passes through
+    };
+    // What only a live pager knows.
+    struct Circumstances {
+        std::function<bool(int32_t item)> hit_is_here;  // its copy has ended; null: always
+        std::function<bool()> reclaim;  // frees a slot by giving up a prefetch; null: nothing to
+    };
 
     SlotTable(size_t num_pages, size_t num_slots, std::unique_ptr<EvictionPolicy> policy);
 
@@ -28,26 +42,52 @@ class SlotTable {
     uint32_t pins(SlotIndex slot) const { return pins_[slot]; }
     size_t num_slots() const { return page_in_.size(); }
     size_t num_free() const { return free_.size(); }
+    EvictionPolicy& policy() { return *policy_; }
 
     void touch(PageIndex page) { policy_->touch(page); }
-    bool prefers(PageIndex page) const { return policy_->prefers(page); }
     void pin(SlotIndex slot) { ++pins_[slot]; }
     void unpin(SlotIndex slot);
 
+    // Tells the policy of a request and counts its pass over the model. Call it first.
+    void begin_request(LayerRequest& request);
+
+    // Decides for the misses of a request, whose hits are pinned and touched: who gets a slot to
+    // stay in, who passes through whose slot. Each miss appears once, in the order copies should
+    // be asked for, its slot pinned on its behalf; {} when every slot is pinned by others. At most
+    // `limit` misses stay, unless the policy chooses itself. Valid until the next call.
+    const std::vector<Admitted>& admit(const LayerRequest& request, std::span<const int32_t> misses,
+                                       size_t limit, const Circumstances& live);
+    // Pages that lost their slot in the last `admit`.
+    const std::vector<PageIndex>& evicted() const { return evicted_; }
+
     // Gives an absent page a slot: a free one, else the policy's victim among unpinned pages that
-    // `may_evict` accepts (null: all). nullopt when there is none.
-    std::optional<Placement> place(PageIndex page, const EvictionPolicy::MayEvict& may_evict);
-    // Gives an absent page this slot, whatever its pins, and takes it from its present owner.
-    PageIndex take_over(SlotIndex slot, PageIndex page);
+    // `may_evict` accepts (null: all). nullopt when there is none, or, unless `forced`, when the
+    // policy holds the victim to be worth more.
+    std::optional<Placement> place(PageIndex page, const EvictionPolicy::MayEvict& may_evict,
+                                   bool forced);
+    // As `place`, but takes free slots only.
+    std::optional<SlotIndex> place_free(PageIndex page);
     // Forgets a resident page; its slot is free once nothing pins it.
     void drop(PageIndex page);
 
   private:
+    void give(SlotIndex slot, PageIndex page);
+    bool take(const LayerRequest& request, int32_t item, bool forced, bool from_hits,
+              const Circumstances& live);
+
     std::vector<SlotIndex> slot_of_;
     std::vector<PageIndex> page_in_;
     std::vector<uint32_t> pins_;
     std::vector<SlotIndex> free_;  // lowest slot last, so it is handed out first
     std::unique_ptr<EvictionPolicy> policy_;
+    uint64_t step_ = 0;
+    int32_t last_layer_ = -1;
+
+    // Scratch of admit, kept for its memory.
+    std::vector<Admitted> admitted_, chains_;
+    std::vector<PageIndex> evicted_;
+    std::vector<std::pair<double, int32_t>> order_;  // worth, item
+    std::vector<bool> missed_;                       // by item
 };
 
 }  // namespace moe_offload

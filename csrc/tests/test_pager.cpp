@@ -40,8 +40,11 @@ struct Pool {
         options.slot_stride = kStride;
         options.admit_limit = admit_limit;
         options.wait_timeout_ns = timeout_ms * 1'000'000;
-        pager = std::make_shared<Pager>(std::move(options),
-                                        make_policy(policy, size_t(layers * experts), kept),
+        const PolicySetting setting{.num_experts = options.num_experts,
+                                    .num_slots = num_slots,
+                                    .kept = std::move(kept),
+                                    .next_request = {}};
+        pager = std::make_shared<Pager>(std::move(options), make_policy(policy, setting),
                                         std::make_unique<HostCopyEngine>(source, threads, 4096));
     }
 
@@ -459,9 +462,77 @@ void residents_agree_with_a_textbook_lru() {
     CHECK_EQ(pool.total().evictions, evictions);
 }
 
+// A policy that bypasses: what it holds to be worth less than every resident page passes through.
+void pages_not_worth_a_slot_pass_through_one() {
+    Pool pool(6, 2, 8, 2, 0, "forecast");
+    for (int step = 0; step < 40; ++step) {
+        pool.forward(0, {0, 1, 2});
+        pool.forward(1, {0, 1});
+    }
+    pool.pager->reset_counters();
+    pool.forward(0, {0, 5, 6, 7});  // three strangers, one slot that nobody needs
+    CHECK_EQ(pool.total().bypasses, 2u);
+    CHECK_EQ(pool.total().evictions, 0u);
+    CHECK(pool.residents().contains({0, 2}) && pool.residents().contains({1, 1}));
+}
+
+// A page of the very request is the least valuable one: it is computed, then gives its slot.
+void a_hit_may_be_the_victim_once_it_was_used() {
+    Pool pool(4, 1, 8, 2, 0, "forecast");
+    for (int step = 0; step < 40; ++step) pool.forward(0, {0, 1, 2});
+    pool.forward(0, {0, 1, 2, 7});
+    CHECK(pool.residents().contains({0, 7}));
+    for (int step = 0; step < 40; ++step) pool.forward(0, {0, 1, 2});
+    for (int step = 0; step < 20; ++step) pool.forward(0, {0, 1, 2, 6});
+    CHECK_EQ(pool.residents(), (Pages{{0, 0}, {0, 1}, {0, 2}, {0, 6}}));
+    pool.forward(0, {6, 5});
+    CHECK_EQ(pool.residents().size(), 4u);
+    CHECK(pool.residents().contains({0, 5}));
+}
+
+void a_quota_is_kept_by_demands_prefetches_and_fills() {
+    Pool pool(6, 2, 8, 2, 0, "lru-per-layer");
+    const std::vector<int32_t> many{0, 1, 2, 3, 4};
+    std::vector<std::pair<int32_t, int32_t>> pages;
+    for (const int32_t expert : many) pages.emplace_back(1, expert);
+    CHECK_EQ(pool.pager->fill(pages), 3u);
+    pool.pager->drain();
+    CHECK_EQ(pool.pager->prefetch(0, many), 3u);
+    pool.pager->drain();
+    for (int round = 0; round < 3; ++round) pool.forward(0, {1, 2, 3, 4, 5});
+    CHECK_EQ(pool.residents().size(), 6u);
+    CHECK((pool.residents().contains({1, 0})));
+    CHECK_EQ(pool.pager->counters()[1].evictions, 0u);
+}
+
+void a_recorded_run_lists_every_request() {
+    Pool pool(4);
+    pool.forward(0, {1});
+    pool.pager->set_recording(true);
+    const std::vector<int32_t> experts{2, 3}, one{5};
+    const std::vector<float> weights{0.25F, 0.75F};
+    pool.pager->begin_sequence();
+    pool.pager->prefetch(1, one);
+    pool.pager->predict(1, experts, weights, 2);
+    pool.pager->acquire(0, experts, weights, 7);
+    CHECK_THROWS(std::invalid_argument, "one value per expert, got 2 for 1",
+                 pool.pager->acquire(0, one, weights, 7));
+    CHECK_THROWS(std::invalid_argument, "one value per expert, got 2 for 1",
+                 pool.pager->predict(0, one, weights));
+    const EventLog log = pool.pager->recorded();
+    CHECK_EQ(log.kinds, (std::vector<uint8_t>{3, 1, 2, 0}));
+    CHECK_EQ(log.layers, (std::vector<int32_t>{0, 1, 1, 0}));
+    CHECK_EQ(log.counts, (std::vector<int32_t>{0, 0, 2, 7}));
+    CHECK_EQ(log.experts, (std::vector<int32_t>{5, 2, 3, 2, 3}));
+    CHECK_EQ(log.expert_offsets, (std::vector<int64_t>{0, 0, 1, 3, 5}));
+    CHECK_EQ(log.value_offsets, (std::vector<int64_t>{0, 0, 0, 2, 4}));
+    pool.pager->set_recording(false);
+    CHECK(pool.pager->recorded().kinds.empty());
+}
+
 // The same requests under different timing: the same decisions, counters and residents.
 void decisions_do_not_depend_on_timing() {
-    for (const char* policy : {"lru", "lfu", "static"}) {
+    for (const std::string& policy : policy_names(true)) {
         std::vector<LayerCounters> reference;
         Pages residents;
         for (const uint64_t seed : {0u, 1u, 2u}) {
@@ -485,7 +556,7 @@ void decisions_do_not_depend_on_timing() {
 }
 
 // Random acquires, prefetches, cancels and failures on several threads, under chaos.
-void random_requests_under_hostile_timing(int threads, size_t slots, const char* policy,
+void random_requests_under_hostile_timing(int threads, size_t slots, const std::string& policy,
                                           double fail, int steps) {
     Pool pool(slots, 3, 8, 3, 0, policy, {0, 8});
     pool.pager->set_chaos({slots, 30, true, fail}, 0.05);
@@ -502,6 +573,11 @@ void random_requests_under_hostile_timing(int threads, size_t slots, const char*
                 std::shuffle(experts.begin(), experts.end(), random);
                 try {
                     if (random() % 4 == 0) pool.pager->prefetch(layer, experts);
+                    if (random() % 4 == 0) {
+                        const std::vector<float> likely(experts.size(), 0.5F);
+                        pool.pager->predict(layer, experts, likely, int32_t(random() % 3));
+                    }
+                    if (random() % 32 == 0) pool.pager->begin_sequence();
                     if (random() % 16 == 0)
                         pool.pager->cancel_prefetches(int32_t(random() % 4) - 1);
                     if (random() % 8 == 0) {  // an exception between acquire and release
@@ -531,12 +607,12 @@ void random_requests_under_hostile_timing(int threads, size_t slots, const char*
 }
 
 void random_requests() {
-    for (const char* policy : {"lru", "lfu", "static"})
+    for (const std::string& policy : policy_names(true))
         for (const size_t slots : {4u, 6u, 13u, 24u}) {
-            random_requests_under_hostile_timing(1, slots, policy, 0.0, 400);
-            random_requests_under_hostile_timing(1, slots, policy, 0.05, 400);
-            random_requests_under_hostile_timing(3, slots, policy, 0.0, 200);
-            random_requests_under_hostile_timing(3, slots, policy, 0.05, 200);
+            random_requests_under_hostile_timing(1, slots, policy, 0.0, 100);
+            random_requests_under_hostile_timing(1, slots, policy, 0.05, 100);
+            random_requests_under_hostile_timing(3, slots, policy, 0.0, 80);
+            random_requests_under_hostile_timing(3, slots, policy, 0.05, 80);
         }
     random_requests_under_hostile_timing(4, 2, "lru", 0.02, 300);
 }
@@ -568,6 +644,10 @@ int main() {
     RUN(closing_wakes_who_waits_and_refuses_everybody_after);
     RUN(a_forked_child_is_refused_and_can_exit);
     RUN(residents_agree_with_a_textbook_lru);
+    RUN(pages_not_worth_a_slot_pass_through_one);
+    RUN(a_hit_may_be_the_victim_once_it_was_used);
+    RUN(a_quota_is_kept_by_demands_prefetches_and_fills);
+    RUN(a_recorded_run_lists_every_request);
     RUN(decisions_do_not_depend_on_timing);
     RUN(random_requests);
 }

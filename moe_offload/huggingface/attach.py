@@ -218,6 +218,9 @@ class Attachment:
                     self._shadow(module, method, _refuse_save)
         dtypes = {dtype for layer in self.layers for _, dtype in layer.tensors.values()}
         self._shadow(model, "_apply", _guarded_apply(self.model, dtypes))
+        assert self.offloader is not None
+        hook = functools.partial(_announce_sequences, self.offloader)
+        self._undo.append(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
         limit = _context_length(model)
         if limit is not None:
             hook = functools.partial(_check_length, limit)
@@ -277,6 +280,16 @@ def _context_length(model: nn.Module) -> int | None:
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _announce_sequences(
+    offloader: Offloader, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """A call on an empty cache begins new sequences, which some policies start counting anew at."""
+    cache = kwargs.get("past_key_values")
+    if (cache is None or cache.get_seq_length() == 0) and not offloader.closed:
+        for pool in offloader.pools:
+            pool.pager.begin_sequence()
 
 
 def _check_length(limit: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

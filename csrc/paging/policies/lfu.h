@@ -13,12 +13,13 @@ namespace moe_offload {
 
 class Lfu final : public EvictionPolicy {
   public:
-    // half_life in touches of the whole pool; make_policy chooses it.
+    // half_life in touches of the whole pool; of this layer under per-layer; make_policy chooses
+    // it.
     Lfu(size_t num_pages, double half_life);
     void insert(PageIndex page) override;
     void touch(PageIndex page) override;
     void erase(PageIndex page) override;
-    PageIndex victim(const MayEvict& may_evict) const override;
+    PageIndex victim(PageIndex incoming, const MayEvict& may_evict) const override;
 
   private:
     void use(PageIndex page);

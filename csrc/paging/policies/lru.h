@@ -12,7 +12,7 @@ class Lru : public EvictionPolicy {
     void insert(PageIndex page) override;
     void touch(PageIndex page) override;
     void erase(PageIndex page) override;
-    PageIndex victim(const MayEvict& may_evict) const override;
+    PageIndex victim(PageIndex incoming, const MayEvict& may_evict) const override;
 
   private:
     // Entry num_pages is the sentinel: next_[sentinel] is the oldest, prev_[sentinel] the newest.

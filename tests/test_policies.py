@@ -1,0 +1,67 @@
+"""Policies from Python: one table of names, exact results under each, and the events they see."""
+
+import pytest
+import torch
+from tiny_models import prompt_ids, tiny_model
+
+import moe_offload
+from moe_offload import _core
+from moe_offload.policies import LIVE_POLICIES, POLICIES
+
+
+def test_the_table_lists_what_the_core_has():
+    assert list(POLICIES) == _core.policy_names(False)
+    assert list(LIVE_POLICIES) == _core.policy_names(True)
+
+
+@pytest.mark.parametrize("policy", LIVE_POLICIES)
+def test_results_do_not_depend_on_the_policy(policy):
+    model = tiny_model("qwen3_moe")
+    inputs = prompt_ids(length=9, batch=2)
+    expected = model.generate(inputs, max_new_tokens=8, do_sample=False)
+    with moe_offload.offload(model, "25%", policy=policy) as offloader:
+        assert torch.equal(model.generate(inputs, max_new_tokens=8, do_sample=False), expected)
+        stats = offloader.stats()
+        assert stats["policy"] == policy
+        assert stats["lookups"] == (
+            stats["hits"] + stats["joined_prefetches"] + stats["demand_misses"]
+        )
+
+
+class SpyPager:
+    """Stands in for a pager and writes down what it is asked."""
+
+    def __init__(self, pager, uses_weights):
+        self._pager, self.uses_weights, self.requests, self.sequences = pager, uses_weights, [], 0
+
+    def acquire(self, layer, experts, weights, num_tokens):
+        self.requests.append((layer, list(experts), list(weights), num_tokens))
+        return self._pager.acquire(layer, experts, weights, num_tokens)
+
+    def begin_sequence(self):
+        self.sequences += 1
+
+    def __getattr__(self, name):
+        return getattr(self._pager, name)
+
+
+@pytest.mark.parametrize("uses_weights", [False, True])
+def test_policies_are_told_tokens_weights_and_sequences(uses_weights):
+    model = tiny_model("mixtral")
+    routed = []
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj"):
+            module.register_forward_pre_hook(lambda module, args: routed.append(args[1:]))
+    with moe_offload.offload(model, "25%") as offloader:
+        pool = offloader.pools[0]
+        real = pool.pager
+        spy = pool.pager = SpyPager(real, uses_weights)
+        model.generate(prompt_ids(length=6), max_new_tokens=3, do_sample=False)
+        pool.pager = real
+    assert spy.sequences == 1
+    assert [request[0] for request in spy.requests] == [0, 1] * 3
+    assert [request[3] for request in spy.requests] == [6, 6, 1, 1, 1, 1]
+    for (_, experts, weights, _), (ids, topk_weights) in zip(spy.requests, routed, strict=True):
+        assert experts == sorted(set(ids.reshape(-1).tolist()))
+        expected = [topk_weights[ids == expert].sum().item() for expert in experts]
+        assert weights == (pytest.approx(expected, rel=1e-6) if uses_weights else [])
