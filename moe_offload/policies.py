@@ -38,6 +38,7 @@ POLICIES: dict[str, Policy] = {
         "a fixed set stays, the rest least recently used", "Fiddler, KTransformers", "the set"
     ),
     "least-stale": Policy("layers this pass is done with first, then LRU", "SpecMD 2602.03921"),
+    "layer-ring": Policy("the layer computed longest ago", "SE-MoE's ring 2205.10034"),
     "activation-ratio": Policy(
         "lowest share of its layer's activations in this sequence, deep layers first",
         "MoE-Infinity 2401.14361",

@@ -148,6 +148,16 @@ void least_stale_lets_finished_layers_go_first() {
     CHECK_EQ(policy.victim(9, kAny), 8u);
 }
 
+void layer_ring_lets_go_of_what_was_computed_longest_ago() {
+    LayerRing policy(layers_of(3, 4));
+    for (const PageIndex page : {8u, 0u, 4u}) policy.insert(page);  // layers 2, 0, 1
+    visit(policy, 1, {});
+    CHECK_EQ(policy.victim(5, kAny), 4u);  // the present layer's turn is farthest
+    CHECK_EQ(policy.victim(5, [](PageIndex page) { return page != 4; }), 0u);
+    visit(policy, 2, {});
+    CHECK_EQ(policy.victim(9, [](PageIndex page) { return page != 8; }), 4u);
+}
+
 void activation_ratio_is_moe_infinitys_formula() {
     ActivationRatio policy(layers_of(2, 4));
     for (const PageIndex page : {0u, 1u, 4u}) policy.insert(page);
@@ -255,6 +265,7 @@ int main() {
     RUN(per_layer_quotas_share_all_slots_and_no_layer_is_left_without);
     RUN(per_layer_evicts_within_the_layer);
     RUN(least_stale_lets_finished_layers_go_first);
+    RUN(layer_ring_lets_go_of_what_was_computed_longest_ago);
     RUN(activation_ratio_is_moe_infinitys_formula);
     RUN(score_is_an_exponential_average_of_router_weights);
     RUN(forecast_is_the_expected_discount_of_the_next_use);

@@ -236,9 +236,9 @@ int32_t PolicySetting::experts_per_layer() const {
 }
 
 std::vector<std::string> policy_names(bool live_only) {
-    std::vector<std::string> names{
-        "lru",         "lru-per-layer",    "lfu",   "lfu-per-layer", "static",
-        "least-stale", "activation-ratio", "score", "forecast",      "predictive"};
+    std::vector<std::string> names{"lru",    "lru-per-layer", "lfu",        "lfu-per-layer",
+                                   "static", "least-stale",   "layer-ring", "activation-ratio",
+                                   "score",  "forecast",      "predictive"};
     if (!live_only) names.insert(names.end(), {"belady", "belady-bypass"});
     return names;
 }
@@ -256,6 +256,7 @@ std::unique_ptr<EvictionPolicy> make_policy(const std::string& name, const Polic
     if (name == "lfu-per-layer") return std::make_unique<PerLayer>(setting, lfu);
     if (name == "static") return std::make_unique<Static>(setting.num_pages(), setting.kept);
     if (name == "least-stale") return std::make_unique<LeastStale>(setting);
+    if (name == "layer-ring") return std::make_unique<LayerRing>(setting);
     if (name == "activation-ratio") return std::make_unique<ActivationRatio>(setting);
     if (name == "score") return std::make_unique<Score>(setting);
     if (name == "forecast") return std::make_unique<Forecast>(setting, 8, false);

@@ -1,4 +1,4 @@
-// Three published formulas, as the papers give them; see docs/policies.md for what they miss.
+// Four published formulas, as the papers give them; see docs/policies.md for what they miss.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,14 @@ class LeastStale final : public Ranked {
   public:
     using Ranked::Ranked;
     double worth(PageIndex page) const override { return layer_of(page) > layer_ ? 1.0 : 0.0; }
+};
+
+// The ring of SE-MoE (arXiv 2205.10034): layers leave in the order they were computed, whatever
+// they were used for, to make room for those whose turn comes next.
+class LayerRing final : public Ranked {
+  public:
+    using Ranked::Ranked;
+    double worth(PageIndex page) const override { return -double(distance(page)); }
 };
 
 // MoE-Infinity (arXiv 2401.14361): share of its layer's activations in the present sequences, times
