@@ -25,6 +25,7 @@ from moe_offload.grouping import (
     swaps_between,
 )
 from moe_offload.huggingface.observe import routed_layers
+from moe_offload.telemetry import total_counters
 
 if TYPE_CHECKING:
     from moe_offload.scheduling import BatchReport
@@ -130,7 +131,7 @@ class Window:
         for batch in self._batches:
             self._prefill(batch)
             self._take(batch, eos_ids)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _counters(self._model)
         grouped = False
         for _ in range(max_new_tokens - 1):
             if not any(self._live.values()):
@@ -143,6 +144,9 @@ class Window:
                     self._decode(batch)
                     self._take(batch, eos_ids)
         self._report.decode_seconds += time.perf_counter() - start
+        counters = self._report.decode_counters
+        for name, value in _counters(self._model).items():
+            counters[name] = counters.get(name, 0) + value - before[name]
 
     def _prefill(self, batch: _Batch) -> None:
         device = self._model.device
@@ -275,6 +279,12 @@ class Window:
             if number in batch.sequences:
                 return batch, batch.sequences.index(number)
         raise AssertionError(f"sequence {number} sits in no batch")
+
+
+def _counters(model: Any) -> dict[str, float]:
+    """The offloader's sums at this moment; nothing for a resident model."""
+    attachment = vars(model).get("_moe_offload")
+    return total_counters(attachment.offloader.pools) if attachment is not None else {}
 
 
 def _exchange(a: Tensor, row_a: int, b: Tensor, row_b: int) -> None:

@@ -42,6 +42,8 @@ class BatchReport:
         decode_steps: forwards of one batch by one token.
         distinct_experts_per_step: mean over those of the distinct (layer, expert) pairs used.
         decode_tokens: tokens those steps made.
+        decode_counters: what the offloader counted meanwhile, the numbers of `stats()` without
+            the prompts'; empty for a resident model.
     """
 
     tokens: list[list[int]]
@@ -55,6 +57,7 @@ class BatchReport:
     sequences_moved: int = 0
     decode_steps: int = 0
     decode_tokens: int = 0
+    decode_counters: dict[str, float] = field(default_factory=dict)
     distinct_experts: int = field(default=0, repr=False)
 
     @property

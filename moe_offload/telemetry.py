@@ -30,6 +30,12 @@ def layer_stats(pools: list[ExpertPool]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["layer"])
 
 
+def total_counters(pools: list[ExpertPool]) -> dict[str, float]:
+    """The plain sums among `total_stats`: what may be subtracted from a later reading."""
+    totals = total_stats(layer_stats(pools))
+    return {name: value for name, value in totals.items() if not name.startswith("hit_rate")}
+
+
 def total_stats(per_layer: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over layers, with the hit rates of the sums."""
     totals: dict[str, Any] = {}

@@ -121,6 +121,16 @@ def test_the_report_counts_what_happened() -> None:
     assert 0 < report.decode_seconds < report.seconds
 
 
+def test_decode_counters_leave_out_the_prompts() -> None:
+    model = tiny_model("mixtral")
+    with moe_offload.offload(model, device_budget="100%", fill=False) as offloader:
+        report = batch_generate(model, [[5, 6, 7]], 1, max_new_tokens=4)
+        total = offloader.stats()
+    assert report.decode_counters["lookups"] == 3 * 2 * TOP_K
+    assert total["lookups"] > report.decode_counters["lookups"]
+    assert batch_generate(model, [[5]], 1, max_new_tokens=2).decode_counters == {}
+
+
 def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
     model = tiny_model("mixtral")
     hooks = lambda: sum(len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731

@@ -59,8 +59,8 @@ def prompts(name: str, count: int, data: Path, xsum: Path | None = None) -> list
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not there. The study needs the public texts that bench/expertflow/README.md "
-            "lists; it never downloads anything."
+            f"{path} is not there. bench/expertflow/README.md lists the public texts the study "
+            "reads; it never downloads anything."
         )
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
