@@ -30,13 +30,17 @@ from moe_offload.triton_kernels import launch
 
 sys.modules[launch.__name__].require_device = lambda op, tensor: contextlib.nullcontext()  # type: ignore[attr-defined]
 
+from moe_offload.triton_kernels.combine import combine  # noqa: E402
+from moe_offload.triton_kernels.grouped_gemm import Epilogue, grouped_gemm  # noqa: E402
 from moe_offload.triton_kernels.next_layer import NextLayerPredictor  # noqa: E402
-from moe_offload.triton_kernels.permute import permute  # noqa: E402
+from moe_offload.triton_kernels.permute import Permutation, permute  # noqa: E402
 from moe_offload.triton_kernels.route_predict_permute import route_predict_permute  # noqa: E402
 from moe_offload.triton_kernels.scoring import Scoring  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BF16 = torch.bfloat16
+SWIGLU = Epilogue("silu", "halves")
+GPT_OSS = Epilogue("clamped_swiglu", "interleaved", 1.702, 7.0, 1.0)
 
 
 class AbsentGpu:
@@ -72,18 +76,55 @@ def route(
     )
 
 
+def experts(
+    tokens: int,
+    experts: int,
+    top_k: int,
+    sizes: tuple[int, int],
+    dtype: torch.dtype = BF16,
+    epilogue: Epilogue = SWIGLU,
+    transposed: bool = False,
+) -> None:
+    """Both projections and the combine; slots are views into a slab, as pages are."""
+    hidden_size, inner = sizes
+    rows = Permutation.empty(tokens, top_k, experts, torch.device("cpu"))
+    slots = torch.empty(experts, dtype=torch.int32)
+
+    def weight(out: int, inner: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (inner, out) if transposed else (out, inner)
+        slab = torch.empty(2, out * inner + 2048, dtype=dtype)
+        bias = torch.empty(2, out, dtype=dtype) if transposed else None
+        return slab[:, : out * inner].unflatten(1, shape), bias
+
+    x = torch.empty(tokens, hidden_size, dtype=dtype)
+    up, bias = weight(2 * inner, hidden_size)
+    options = {"bias": bias, "epilogue": epilogue, "transposed": transposed}
+    y = grouped_gemm(x, up, rows, slots, gather=True, **options)
+    down, bias = weight(hidden_size, inner)
+    y = grouped_gemm(y, down, rows, slots, bias=bias, transposed=transposed)
+    combine(y, rows.route_row, torch.empty(tokens, top_k))
+
+
 QWEN3 = Scoring(normalize=True)
 DEEPSEEK = Scoring("sigmoid", True, 8, 4, 2.5)
 QUICK: dict[str, Callable[[], object]] = {
     "route Qwen3 T=1": lambda: route(1, 128, 8, 2048, QWEN3, BF16),
     "route DeepSeek-V3 T=64": lambda: route(64, 256, 8, 7168, DEEPSEEK, BF16),
     "route Qwen3 T=1024": lambda: route(1024, 128, 8, 2048, QWEN3, BF16),
+    "experts Qwen3 T=1": lambda: experts(1, 128, 8, (2048, 768)),
+    "experts Qwen3 T=4096": lambda: experts(4096, 128, 8, (2048, 768)),
 }
 SLOW: dict[str, Callable[[], object]] = {
     "route Mixtral T=4": lambda: route(4, 8, 2, 4096, QWEN3, BF16),
     "route gpt-oss T=16": lambda: route(16, 128, 4, 2880, Scoring("softmax_topk"), torch.float16),
     "route 512 experts T=64": lambda: route(64, 512, 10, 2048, QWEN3, BF16),
     "route 512 experts T=4096": lambda: route(4096, 512, 10, 2048, QWEN3, BF16),
+    "experts Mixtral T=64": lambda: experts(64, 8, 2, (4096, 14336)),
+    "experts Mixtral T=128": lambda: experts(128, 8, 2, (4096, 14336)),
+    "experts OLMoE T=512": lambda: experts(512, 64, 8, (2048, 1024), torch.float16),
+    "experts gpt-oss T=4": lambda: experts(4, 32, 4, (2880, 2880), BF16, GPT_OSS, True),
+    "experts gpt-oss T=4096": lambda: experts(4096, 32, 4, (2880, 2880), BF16, GPT_OSS, True),
+    "experts fp32 T=1": lambda: experts(1, 8, 2, (1024, 512), torch.float32),
     "permute T=1": lambda: permute(torch.empty(1, 8, dtype=torch.int64), 128),
     "permute slots T=4096": lambda: permute(torch.empty(4096, 8, dtype=torch.int32), 4096),
 }

@@ -47,3 +47,42 @@ def exact_sigmoid(x):
         return tl.div_rn(1.0, 1.0 + tl.exp(-x))
     else:
         return tl.div_rn(1.0, 1.0 + libdevice.exp(-x))
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr):
+    """The elementwise activations of moe_offload.activations.ACTIVATIONS, on fp32."""
+    if NAME == "silu":
+        return x * _sigmoid(x)
+    elif NAME == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        # 0.5 (1 + tanh(u)) = sigmoid(2 u)
+        return x * _sigmoid(2.0 * 0.7978845608028654 * (x + 0.044715 * x * x * x))
+    elif NAME == "relu":
+        return tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
+    else:
+        tl.static_assert(NAME == "relu2", "unknown activation")
+        positive = tl.where(x < 0.0, 0.0, x)
+        return positive * positive
+
+
+@triton.jit
+def _clamp(x, low, high):
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)  # NaN stays NaN
+
+
+@triton.jit
+def gated_activation(gate, up, NAME: tl.constexpr, alpha, limit, offset):
+    """act(gate) * up, or clamped_swiglu; see moe_offload.activations.Activation."""
+    if NAME == "clamped_swiglu":
+        gate = tl.where(gate > limit, limit, gate)
+        return (_clamp(up, -limit, limit) + offset) * gate * _sigmoid(alpha * gate)
+    else:
+        return activate(gate, NAME) * up

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_offload.activations import ACTIVATIONS
+from moe_offload.triton_kernels.grouped_gemm import Epilogue
 from moe_offload.triton_kernels.next_layer import NextLayerPredictor, Prediction
 from moe_offload.triton_kernels.permute import Permutation as Rows
 from moe_offload.triton_kernels.route_predict_permute import Routing
@@ -141,3 +143,64 @@ def route_predict_permute(
         permute(ids, logits.shape[1]),
         prediction,
     )
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    slots: Tensor,
+    *,
+    gather: bool = False,
+    bias: Tensor | None = None,
+    epilogue: Epilogue | None = None,
+    transposed: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Twin of `grouped_gemm.grouped_gemm`; computes in the dtype of x when that is fp64."""
+    epilogue = epilogue or Epilogue()
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    num_columns = weight.shape[2 if transposed else 1]
+    features = num_columns if epilogue.gate == "none" else num_columns // 2
+    if out is None:
+        out = x.new_full((rows.row_route.numel(), features), torch.nan)
+    offsets = rows.expert_offsets.tolist()
+    for expert, slot in enumerate(slots.tolist()):
+        start, end = offsets[expert : expert + 2]
+        if slot < 0 or start == end:
+            continue
+        source = rows.row_route[start:end].long() // rows.route_row.shape[1]
+        values = x[source] if gather else x[start:end]
+        matrix = weight[slot].to(exact)
+        result = values.to(exact) @ (matrix if transposed else matrix.t())
+        if bias is not None:
+            result = result + bias[slot].to(exact)
+        out[start:end] = _apply(epilogue, result).to(out.dtype)
+    return out
+
+
+def _apply(epilogue: Epilogue, result: Tensor) -> Tensor:
+    if epilogue.gate == "none":
+        return result if epilogue.activation == "none" else ACTIVATIONS[epilogue.activation](result)
+    if epilogue.gate == "halves":
+        gate, up = result.chunk(2, dim=-1)
+    else:
+        gate, up = result[:, ::2], result[:, 1::2]
+    if epilogue.activation != "clamped_swiglu":
+        return ACTIVATIONS[epilogue.activation](gate) * up
+    gate = gate.clamp(max=epilogue.limit)
+    up = up.clamp(-epilogue.limit, epilogue.limit)
+    return (up + epilogue.offset) * gate * torch.sigmoid(epilogue.alpha * gate)
+
+
+def combine(
+    rows: Tensor, route_row: Tensor, topk_weights: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Twin of `combine.combine`: a sum in the order of the choices."""
+    exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    out = torch.zeros(route_row.shape[0], rows.shape[1], dtype=exact, device=rows.device)
+    for rank in range(route_row.shape[1]):
+        row = route_row[:, rank].long()
+        part = topk_weights[:, rank, None].to(exact) * rows[row.clamp(min=0)].to(exact)
+        out += torch.where(row[:, None] >= 0, part, 0.0)
+    return out.to(rows.dtype if dtype is None else dtype)
