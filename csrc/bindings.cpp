@@ -264,7 +264,19 @@ PYBIND11_MODULE(_core, m) {
                 return self.prefetch(layer, experts);
             },
             "layer"_a, "experts"_a, ReleaseGil())
-        .def("cancel_prefetches", &Pager::cancel_prefetches, "layer"_a = -1, ReleaseGil())
+        .def(
+            "expect",
+            [](Pager& self, int32_t layer, const std::vector<int32_t>& experts) {
+                return self.expect(layer, experts);
+            },
+            "layer"_a, "experts"_a, ReleaseGil(),
+            "Absent ones of these experts; the resident ones are kept from prefetches' victims.")
+        .def(
+            "cancel_prefetches",
+            [](Pager& self, int32_t layer, const std::vector<int32_t>& keep) {
+                self.cancel_prefetches(layer, keep);
+            },
+            "layer"_a = -1, "keep"_a = std::vector<int32_t>{}, ReleaseGil())
         .def(
             "predict",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& experts,

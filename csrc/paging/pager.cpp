@@ -38,6 +38,7 @@ Pager::Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
              options_.num_slots, std::move(policy)),
       loads_(options_.num_experts.size() * static_cast<size_t>(experts_per_layer_)),
       counters_(options_.num_experts.size()),
+      visits_(options_.num_experts.size(), 0),
       seen_(loads_.size(), 0),
       engine_(std::move(engine)) {
     const size_t num_layers = options_.num_experts.size();
@@ -144,6 +145,7 @@ std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> e
 
     LayerCounters& counters = counters_[static_cast<size_t>(layer)];
     ++counters.acquires;
+    ++visits_[static_cast<size_t>(layer)];
     counters.lookups += experts.size();
     ticket->items_.resize(experts.size());
     ticket->num_undelivered_ = experts.size();

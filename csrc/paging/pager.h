@@ -52,7 +52,8 @@ struct Load {
     SlotIndex slot = kNoSlot;
     State state = State::kPending;
     Cause cause = Cause::kDemand;
-    bool demanded = false;  // some ticket wanted it; a prefetch that never is was wasted
+    bool demanded = false;     // some ticket wanted it; a prefetch that never is was wasted
+    uint64_t expected_at = 0;  // acquires of its layer + 1 when it was last expected, see expect
     uint64_t bytes = 0;
     int64_t begin_ns = 0, end_ns = 0;  // of the copy
     std::shared_ptr<CopyJob> job;      // while it is queued or running
@@ -82,9 +83,16 @@ class Pager : public std::enable_shared_from_this<Pager> {
     // of the policy's victims, never one that holds an unused prefetch. Returns how many copies
     // were started. A page already resident or on its way costs nothing.
     size_t prefetch(int32_t layer, std::span<const int32_t> experts);
-    // Cancels prefetches of a layer (-1: all) that nobody has demanded. acquire does this for its
-    // own layer: once a layer is routed, the rest of its prefetches are stale.
-    void cancel_prefetches(int32_t layer);
+    // Which of these experts are neither resident nor on their way, in the order given. Those that
+    // are resident are protected: until the layer's next acquire no prefetch evicts them. (Least
+    // recently used are the very layers a prefetch is for, so without this the prefetch of one
+    // predicted page would push out another that is here already.) Not in the event log: what a
+    // cancelled prefetch leaves depends on timing, so a replay of such a run is not exact anyway.
+    std::vector<int32_t> expect(int32_t layer, std::span<const int32_t> experts);
+    // Cancels prefetches of a layer (-1: all) that nobody has demanded, except those of experts
+    // in `keep`. acquire does this for its own layer: once a layer is routed, the rest of its
+    // prefetches are stale.
+    void cancel_prefetches(int32_t layer, std::span<const int32_t> keep = {});
     // Tells the policy how likely a layer needs these experts at its next visit, or `visits_ahead`
     // visits later. Copies nothing.
     void predict(int32_t layer, std::span<const int32_t> experts,
@@ -127,6 +135,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     int32_t layer_of(PageIndex page) const;
     int32_t expert_of(PageIndex page) const;
     std::string describe(PageIndex page) const;
+    uint64_t visit(int32_t layer) const;
 
     void evict_at_random();
     void join(const std::shared_ptr<Load>& load, LayerCounters& counters);
@@ -166,6 +175,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     size_t num_in_flight_ = 0;
     size_t num_live_tickets_ = 0;
     std::vector<LayerCounters> counters_;
+    std::vector<uint64_t> visits_;  // [num_layers], acquires since construction
     Timeline timeline_;
     std::unique_ptr<EventLog> log_;  // null: not recording
     std::exception_ptr fill_error_;

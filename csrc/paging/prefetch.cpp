@@ -1,4 +1,5 @@
 // The part of the pager that nobody waits for: prefetch, its cancellation, and the initial fill.
+#include <algorithm>
 #include <chrono>
 #include <string>
 #include <utility>
@@ -15,7 +16,8 @@ size_t Pager::prefetch(int32_t layer, std::span<const int32_t> experts) {
     if (log_) log_->add(EventKind::kPrefetch, layer, experts, {}, 0);
     const auto may_evict = [this](PageIndex candidate) {
         const Load& load = *loads_[candidate];
-        return load.demanded || load.cause != Load::Cause::kPrefetch;
+        const bool unused_prefetch = !load.demanded && load.cause == Load::Cause::kPrefetch;
+        return !unused_prefetch && load.expected_at != visit(layer_of(candidate));
     };
     size_t started = 0;
     for (const int32_t expert : experts) {
@@ -35,13 +37,33 @@ size_t Pager::prefetch(int32_t layer, std::span<const int32_t> experts) {
     return started;
 }
 
-void Pager::cancel_prefetches(int32_t layer) {
+// Number of the layer's coming acquire, from 1. reset_counters must not set it back.
+uint64_t Pager::visit(int32_t layer) const { return visits_[static_cast<size_t>(layer)] + 1; }
+
+std::vector<int32_t> Pager::expect(int32_t layer, std::span<const int32_t> experts) {
+    check_usable();
+    Lock lock(mutex_);
+    check_request(layer, experts);
+    std::vector<int32_t> absent;
+    for (const int32_t expert : experts) {
+        const auto& load = loads_[page_of(layer, expert)];
+        if (load)
+            load->expected_at = visit(layer);
+        else
+            absent.push_back(expert);
+    }
+    return absent;
+}
+
+void Pager::cancel_prefetches(int32_t layer, std::span<const int32_t> keep) {
     check_usable();
     Lock lock(mutex_);
     if (closed_) throw StateError("pager: used after close");
     for (size_t i = prefetching_.size(); i > 0; --i) {
         const auto load = prefetching_[i - 1].lock();
-        if (load && !load->demanded && (layer < 0 || layer_of(load->page) == layer)) cancel(load);
+        if (!load || load->demanded || (layer >= 0 && layer_of(load->page) != layer)) continue;
+        const bool kept = std::find(keep.begin(), keep.end(), expert_of(load->page)) != keep.end();
+        if (!kept) cancel(load);
     }
 }
 

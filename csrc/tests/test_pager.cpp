@@ -261,6 +261,42 @@ void prefetches_do_not_evict_each_other_and_make_way_for_demands() {
     CHECK_EQ(pool.total().joined_prefetches, 0u);
 }
 
+void an_expected_page_is_kept_from_prefetches_until_its_layer_is_routed() {
+    Pool pool(3, 2, 8);
+    pool.forward(1, {0});  // least recently used
+    pool.forward(0, {0});
+    pool.forward(0, {1});
+    const std::vector<int32_t> asked{5, 0, 6};
+    CHECK_EQ(pool.pager->expect(1, asked), (std::vector<int32_t>{5, 6}));
+    const std::vector<int32_t> missing{5};
+    CHECK_EQ(pool.pager->prefetch(1, missing), 1u);
+    pool.pager->drain();
+    CHECK_EQ(pool.residents(), (Pages{{0, 1}, {1, 0}, {1, 5}}));
+    pool.pager->reset_counters();  // counters are not what the protection hangs on
+    const std::vector<int32_t> more{6};
+    CHECK_EQ(pool.pager->prefetch(1, more), 1u);  // 0:1 goes: the other two are not for prefetches
+    pool.pager->drain();
+    CHECK_EQ(pool.residents(), (Pages{{1, 0}, {1, 5}, {1, 6}}));
+    CHECK_EQ(pool.pager->prefetch(0, missing), 0u);
+    pool.forward(1, {5, 6});  // 1:0 was expected and is not used
+    CHECK_EQ(pool.pager->prefetch(0, missing), 1u);
+    pool.pager->drain();
+    CHECK_EQ(pool.residents(), (Pages{{0, 5}, {1, 5}, {1, 6}}));
+}
+
+void cancelling_keeps_what_is_still_predicted() {
+    Pool pool(8, 2, 8, 1);
+    pool.source->set_gate(false);
+    const std::vector<int32_t> running{1}, queued{2, 3}, still{3};
+    pool.pager->prefetch(0, running);
+    pool.source->wait_for_arrivals(1);
+    pool.pager->prefetch(1, queued);
+    pool.pager->cancel_prefetches(1, still);
+    pool.source->set_gate(true);
+    pool.pager->drain();
+    CHECK_EQ(pool.residents(), (Pages{{0, 1}, {1, 3}}));
+}
+
 void failures_reach_the_waiter_and_leave_the_pager_usable() {
     Pool pool(4);
     pool.source->set_failing(1, 5, true);
@@ -580,6 +616,8 @@ void random_requests_under_hostile_timing(int threads, size_t slots, const std::
                     if (random() % 32 == 0) pool.pager->begin_sequence();
                     if (random() % 16 == 0)
                         pool.pager->cancel_prefetches(int32_t(random() % 4) - 1);
+                    if (random() % 8 == 0)
+                        pool.pager->prefetch(layer, pool.pager->expect(layer, experts));
                     if (random() % 8 == 0) {  // an exception between acquire and release
                         const auto ticket = pool.pager->acquire(layer, experts);
                         if (random() % 2 == 0) ticket->next();
@@ -632,6 +670,8 @@ int main() {
     RUN(stale_prefetches_are_cancelled_when_their_layer_is_routed);
     RUN(unused_prefetches_count_as_wasted_when_evicted);
     RUN(prefetches_do_not_evict_each_other_and_make_way_for_demands);
+    RUN(an_expected_page_is_kept_from_prefetches_until_its_layer_is_routed);
+    RUN(cancelling_keeps_what_is_still_predicted);
     RUN(failures_reach_the_waiter_and_leave_the_pager_usable);
     RUN(a_failed_fill_is_reported_by_drain_once);
     RUN(fill_takes_free_slots_only);
