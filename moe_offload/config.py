@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from moe_offload.errors import BudgetError
 from moe_offload.policies import LIVE_POLICIES
+from moe_offload.predictors import check_predictor
 
 _UNITS = {"": 1, "b": 1}
 for _power, _prefix in enumerate("kmgt", start=1):
@@ -78,6 +79,10 @@ class OffloadConfig:
         device_budget: what experts may occupy on the compute device, see `parse_budget`.
         policy: which resident page leaves first: "lru" over all layers, "lru-per-layer", "lfu",
             "static", "score", ...: a name in `moe_offload.policies.LIVE_POLICIES`.
+        predictor: what is fetched ahead of need: "none", "auto" (what the measurements in
+            docs/predictors.md say pays, at present nothing), "previous", "lookahead",
+            "lookahead-2", "lookahead-3", the folder of a trained predictor, or a `Predictor`.
+            It never changes a token.
         static_experts: for policy "static", the (layer, expert) pairs that stay. Default: the
             first experts of each layer, evenly.
         device: where experts are computed. "cpu" in this version.
@@ -93,6 +98,7 @@ class OffloadConfig:
 
     device_budget: int | str = "25%"
     policy: str = "lru"
+    predictor: Any = "none"
     static_experts: Sequence[tuple[int, int]] | None = None
     device: str = "cpu"
     expert_backend: Literal["auto", "grouped_mm"] = "auto"
@@ -106,6 +112,7 @@ class OffloadConfig:
         parse_budget(self.device_budget, 1 << 62)  # malformed budgets fail here, before any work
         _choose("policy", self.policy, LIVE_POLICIES)
         _choose("expert_backend", self.expert_backend, ("auto", "grouped_mm"))
+        check_predictor(self.predictor)
         if self.fill not in (True, False, "auto"):
             raise ValueError(f'fill: expected True, False or "auto", got {self.fill!r}')
         if self.device != "cpu":

@@ -28,3 +28,7 @@ class PageReadError(MoEOffloadError, OSError):
 
 class StateError(MoEOffloadError, RuntimeError):
     """A call that the present state forbids: use after close, double offload, fork, training."""
+
+
+class PredictorError(MoEOffloadError, ValueError):
+    """A predictor does not fit the model, its file is not one, or it cannot be trained."""

@@ -88,6 +88,8 @@ def _run(handle: PagedLayer, hidden: Tensor, top_k_index: Tensor, top_k_weights:
     if pager.uses_weights:
         weights = _router_weights(run.experts, handle.num_experts, top_k_index, top_k_weights)
     with pager.acquire(handle.layer, run.experts, weights, len(hidden)) as ticket:
+        if handle.pool.on_acquired is not None:  # prefetches queue up behind these misses
+            handle.pool.on_acquired()
         while ready := ticket.next():
             run.compute(handle.pool, ready)  # no resize while a ticket is open
             ticket.release([index for index, _ in ready])

@@ -11,9 +11,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from moe_offload.backends import choose
 from moe_offload.config import OffloadConfig, format_bytes, parse_budget
@@ -22,6 +23,10 @@ from moe_offload.pager import MIN_SLOTS, ExpertPool, PagedLayer
 from moe_offload.pages import PageLayout
 from moe_offload.sources import PageSource
 from moe_offload.telemetry import layer_stats, total_stats, write_timeline
+
+if TYPE_CHECKING:
+    from moe_offload.predictors.base import Predictor
+    from moe_offload.predictors.driver import PrefetchDriver
 
 
 @dataclass
@@ -111,6 +116,7 @@ class Offloader:
         self.config = config
         self.layers = list(layers)
         self._on_restore = on_restore
+        self.predicting: PrefetchDriver | None = None
         self._closed = False
         self._restored = False
         groups: dict[PageLayout, list[int]] = {}
@@ -187,7 +193,8 @@ class Offloader:
         stall_seconds, overlap_seconds, device_budget_bytes, total_expert_bytes, num_slots,
         num_pages, resident_pages, policy, expert_backend (several names when layers differ),
         io_mode, files_deleted, and per_layer: the same for each layer, with its expert_backend
-        and, in passed_over, why no faster one computes it (None: the fastest does).
+        and, in passed_over, why no faster one computes it (None: the fastest does). predictor is
+        None without one; else its recall, time, and what it saved and wasted.
         """
         self._check_open("stats")
         per_layer = layer_stats(self.pools)
@@ -207,6 +214,7 @@ class Offloader:
             "expert_backend": "/".join(sorted({row["expert_backend"] for row in per_layer})),
             "io_mode": "/".join(sorted({pool.io_mode() for pool in self.pools})),
             "files_deleted": any(pool.files_deleted() for pool in self.pools),
+            "predictor": None if self.predicting is None else self.predicting.stats(totals),
             "per_layer": per_layer,
         }
 
@@ -215,6 +223,8 @@ class Offloader:
         self._check_open("reset_stats")
         for pool in self.pools:
             pool.reset_counters()
+        if self.predicting is not None:
+            self.predicting.reset()
 
     def timeline(self, path: str | Path) -> int:
         """Write recent copies, stalls and tickets as a Chrome / Perfetto trace; see telemetry."""
@@ -243,6 +253,25 @@ class Offloader:
         self._check_open("prefetch")
         handle = self._handles[layer]
         return handle.pool.pager.prefetch(handle.layer, list(experts))
+
+    def predict_with(self, model: nn.Module, predictor: Predictor | None) -> None:
+        """Prefetch by the predictions of `predictor` from the next call on; None stops it.
+
+        Args:
+            model: the model whose experts these are.
+            predictor: one that is bound to no model; it is bound to this one.
+
+        Raises:
+            PredictorError: it does not fit the model; there is no predictor then.
+        """
+        self._check_open("predict_with")
+        if self.predicting is not None:
+            self.predicting.close()
+            self.predicting = None
+        if predictor is not None:
+            from moe_offload.predictors.driver import PrefetchDriver
+
+            self.predicting = PrefetchDriver(model, self, predictor)
 
     def chaos(
         self,
@@ -287,6 +316,8 @@ class Offloader:
         An attached model stays without its experts until `restore`.
         """
         self._closed = True
+        if self.predicting is not None:
+            self.predicting.close()
         self._finalizer()
 
     @property

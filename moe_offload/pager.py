@@ -6,6 +6,7 @@ slots; `_core.Pager` decides and copies; the views are the slots seen as paramet
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -62,6 +63,7 @@ class ExpertPool:
         self.num_experts = num_experts
         self._config = config
         self._source = source.core_source(layout, layers, num_experts, config.direct_io)
+        self.on_acquired: Callable[[], None] | None = None  # a predictor's turn, see predictors/
         self._past: Counters = {}  # counters of pagers that a resize replaced
         self._open(num_slots)
 

@@ -23,6 +23,7 @@ from moe_offload.errors import StateError, UnsupportedModelError
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
 from moe_offload.layer import run_experts
 from moe_offload.offloader import ExpertLayer, Offloader
+from moe_offload.predictors import make_predictor
 from moe_offload.sources import CallbackPages, FilePages, TensorPages
 
 _RESTORE = "moe_offload.get_offloader(model).restore()"
@@ -147,7 +148,14 @@ class Attachment:
         for layer in self.layers:
             module: Any = experts_module(layer)
             _offloaded_class(module.__class__)  # refuses odd signatures before any change
+        predictor = make_predictor(config.predictor)
         self.offloader = Offloader(self.layers, pages, config, on_restore=self._restore)
+        if predictor is not None:
+            try:  # before the model changes: a predictor that does not fit leaves it as it is
+                self.offloader.predict_with(model, predictor)
+            except BaseException:
+                self.offloader.close()
+                raise
         for index in range(len(self.layers)):
             self._page(index)
         self._guard_model(model)
@@ -181,6 +189,10 @@ class Attachment:
     def resident(self) -> Iterator[None]:
         """Run the model on its own parameters for a while (live models only; used by verify)."""
         assert self.holds_parameters
+        assert self.offloader is not None
+        driver = self.offloader.predicting
+        if driver is not None:
+            driver.paused = True
         for index, parameters in enumerate(self._parameters):
             self._unpage(index, parameters)
         try:
@@ -188,6 +200,8 @@ class Attachment:
         finally:
             for index in range(len(self.layers)):
                 self._page(index)
+            if driver is not None:
+                driver.paused = False
 
     def _restore(self) -> None:
         """Offloader.restore() calls this; any error leaves the model offloaded and working."""

@@ -1,0 +1,70 @@
+"""Predictors: which experts will be needed next. They only ever start copies early.
+
+| name | what it looks at |
+| --- | --- |
+| `previous` | what the previous token used |
+| `lookahead`, `lookahead-2`, `lookahead-3` | the next layers' own routers on the present state |
+| folder of a trained `preattention` | the layer's input, before its attention |
+| folder of a trained `rpp` | the token sequence (ExpertFlow's Routing Path Predictor) |
+| `Oracle` | a recording of the same run: the bound |
+
+`base.Predictor` is what to derive from, `driver.PrefetchDriver` turns what they say into copies.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_offload.errors import PredictorError
+
+if TYPE_CHECKING:
+    from moe_offload.predictors.base import Predictor
+
+_NAMES = ("none", "auto", "previous", "lookahead", "lookahead-2", "lookahead-3")
+# What "auto" means: see docs/predictors.md for the measurements behind it.
+AUTO = "none"
+
+
+def check_predictor(spec: Any) -> None:
+    """Refuse what `make_predictor` cannot make, before any work.
+
+    Raises:
+        PredictorError: neither a name, nor an existing path, nor a predictor.
+    """
+    if isinstance(spec, str | os.PathLike):
+        if spec in _NAMES or Path(spec).exists():
+            return
+    elif callable(getattr(spec, "bind", None)) and callable(getattr(spec, "layer_routed", None)):
+        return
+    raise PredictorError(
+        f"predictor: expected one of {', '.join(_NAMES)}, the folder of a trained predictor, or a "
+        f"moe_offload.predictors.base.Predictor, got {spec!r}"
+    )
+
+
+def make_predictor(spec: Any) -> Predictor | None:
+    """The predictor that `OffloadConfig.predictor` names; None for "none".
+
+    Raises:
+        PredictorError: see `check_predictor`; or the path holds no trained predictor.
+    """
+    check_predictor(spec)
+    if not isinstance(spec, str | os.PathLike):
+        made: Predictor = spec
+        return made
+    name = AUTO if spec == "auto" else spec
+    if name == "none":
+        return None
+    if name == "previous":
+        from moe_offload.predictors.previous import PreviousToken
+
+        return PreviousToken()
+    if name in _NAMES:
+        from moe_offload.predictors.lookahead import GateLookahead
+
+        return GateLookahead(depth=int(str(name).partition("-")[2] or 1))
+    from moe_offload.predictors.artefact import load_predictor
+
+    return load_predictor(Path(name))
