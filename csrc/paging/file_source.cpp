@@ -9,12 +9,12 @@
 #include <stdexcept>
 #include <utility>
 
-#include "errors.h"
-
 namespace moe_offload {
 namespace {
 
 constexpr uint64_t kBlock = Scratch::kAlign;
+// Each piece makes at most two parts of a vectored read, and the kernel takes IOV_MAX = 1024.
+constexpr size_t kMaxPieces = 256;
 
 int64_t mtime_ns(const struct stat& status) {
     return int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec;
@@ -22,11 +22,25 @@ int64_t mtime_ns(const struct stat& status) {
 
 std::string reason() { return std::strerror(errno); }
 
+uint64_t round_down(uint64_t offset) { return offset / kBlock * kBlock; }
+uint64_t round_up(uint64_t offset) { return round_down(offset + kBlock - 1); }
+
 // Some file systems accept O_DIRECT at open and refuse it at the first read.
 bool direct_read_works(int fd, off_t size) {
     if (size == 0) return true;
     Scratch scratch;
     return ::pread(fd, scratch.reserve(kBlock), kBlock, 0) >= 0;
+}
+
+// The alignment O_DIRECT needs of memory addresses, as far as the kernel tells (Linux 6.1).
+uint64_t direct_memory_align([[maybe_unused]] int fd) {
+#ifdef STATX_DIOALIGN
+    struct statx status{};
+    if (::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 &&
+        (status.stx_mask & STATX_DIOALIGN) != 0 && status.stx_dio_mem_align > 0)
+        return status.stx_dio_mem_align;
+#endif
+    return kBlock;
 }
 
 }  // namespace
@@ -53,6 +67,7 @@ FileSource::FileSource(std::vector<std::string> paths, bool direct) {
             ::fcntl(file.fd, F_SETFL, ::fcntl(file.fd, F_GETFL) & ~O_DIRECT);
             files_.back().direct = false;
         }
+        if (files_.back().direct) files_.back().memory_align = direct_memory_align(file.fd);
         if (!files_.back().direct) ::posix_fadvise(file.fd, 0, 0, POSIX_FADV_RANDOM);
     }
 }
@@ -96,7 +111,7 @@ std::vector<Chunk> FileSource::chunks(int32_t layer, int32_t expert, size_t chun
             Chunk* last = chunks.empty() ? nullptr : &chunks.back();
             if (last == nullptr || last->origin != segment.file ||
                 last->offset + last->nbytes != at || last->nbytes >= chunk_bytes ||
-                at % chunk_bytes == 0) {
+                at % chunk_bytes == 0 || last->pieces.size() == kMaxPieces) {
                 chunks.push_back({segment.file, at, 0, {}});
                 last = &chunks.back();
             }
@@ -112,37 +127,91 @@ std::vector<Chunk> FileSource::chunks(int32_t layer, int32_t expert, size_t chun
 
 uint64_t FileSource::read(int32_t, int32_t, const Chunk& chunk, std::byte* page,
                           Scratch& scratch) const {
-    const File& file = files_[chunk.origin];
-    check_unchanged(file);
-    const uint64_t begin = file.direct ? chunk.offset / kBlock * kBlock : chunk.offset;
-    const uint64_t end = chunk.offset + chunk.nbytes;
-    const uint64_t room = file.direct ? (end + kBlock - 1) / kBlock * kBlock - begin : chunk.nbytes;
-    std::byte* from = page + chunk.pieces.front().page_offset;
-    if (file.direct || chunk.pieces.size() > 1) {
-        std::byte* bounce = scratch.reserve(room);
-        read_exactly(file, bounce, begin, end - begin, room);
-        from = bounce + (chunk.offset - begin);
-        for (const Piece& piece : chunk.pieces)
-            std::memcpy(page + piece.page_offset, from + piece.source_offset, piece.nbytes);
-    } else {
-        read_exactly(file, from, begin, end - begin, room);
+    const uint64_t bounce = bounce_bytes(chunk);
+    FileRead read = plan(chunk, page, bounce > 0 ? scratch.reserve(bounce) : nullptr);
+    for (uint64_t got = 0; got < read.want;) {
+        const ssize_t n =
+            ::preadv(read.fd, read.parts.data() + read.first_part,
+                     static_cast<int>(read.parts.size() - read.first_part), off_t(read.offset));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) throw failure(chunk, read, n < 0 ? -errno : 0);
+        got += static_cast<uint64_t>(n);
+        read.advance(static_cast<uint64_t>(n));
     }
-    check_unchanged(file);
-    return std::min<uint64_t>(room, static_cast<uint64_t>(file.size) - begin);
+    return finish(chunk, read);
 }
 
-// `want` bytes must arrive; up to `room` may (the last block of a file is short).
-void FileSource::read_exactly(const File& file, std::byte* into, uint64_t offset, uint64_t want,
-                              uint64_t room) const {
-    uint64_t got = 0;
-    while (got < want) {
-        const ssize_t n = ::pread(file.fd, into + got, room - got, offset + got);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0)
-            throw PageReadError(file.path + " offset " + std::to_string(offset + got) + ": " +
-                                (n < 0 ? reason() : "the file ends there; it was truncated"));
-        got += static_cast<uint64_t>(n);
+uint64_t FileSource::bounce_bytes(const Chunk& chunk) const {
+    if (!files_[chunk.origin].direct) return 0;
+    return round_up(chunk.offset + chunk.nbytes) - round_down(chunk.offset);
+}
+
+FileRead FileSource::plan(const Chunk& chunk, std::byte* page, std::byte* bounce) const {
+    const File& file = files_[chunk.origin];
+    FileRead read;
+    read.fd = file.fd;
+    read.offset = file.direct ? round_down(chunk.offset) : chunk.offset;
+    read.want = chunk.offset + chunk.nbytes - read.offset;
+    const auto add = [&](std::byte* to, uint64_t nbytes) {
+        if (nbytes > 0) read.parts.push_back({to, nbytes});
+    };
+    if (!file.direct) {
+        for (const Piece& piece : chunk.pieces) add(page + piece.page_offset, piece.nbytes);
+        return read;
     }
+    // From here on, positions count from the first block, which is also where they bounce.
+    const uint64_t skew = chunk.offset - read.offset;
+    uint64_t done = 0;  // blocks before it have a place
+    for (const Piece& piece : chunk.pieces) {
+        const uint64_t begin = skew + piece.source_offset, end = begin + piece.nbytes;
+        const uint64_t from = round_up(begin), to = round_down(end);
+        std::byte* const place = page + piece.page_offset;
+        const bool straight =
+            from < to &&
+            reinterpret_cast<uintptr_t>(place + (from - begin)) % file.memory_align == 0;
+        if (straight) {
+            add(bounce + done, from - done);
+            add(place + (from - begin), to - from);
+            done = to;
+            if (from > begin) read.copies.push_back({place, bounce + begin, from - begin});
+            if (end > to) read.copies.push_back({place + (to - begin), bounce + to, end - to});
+        } else {
+            read.copies.push_back({place, bounce + begin, piece.nbytes});
+        }
+    }
+    add(bounce + done, round_up(read.want) - done);
+    return read;
+}
+
+void FileRead::advance(uint64_t n) {
+    offset += n;
+    while (n > 0) {
+        iovec& part = parts[first_part];
+        const uint64_t take = std::min<uint64_t>(n, part.iov_len);
+        part.iov_base = static_cast<std::byte*>(part.iov_base) + take;
+        part.iov_len -= take;
+        n -= take;
+        if (part.iov_len == 0) ++first_part;
+    }
+}
+
+uint64_t FileSource::finish(const Chunk& chunk, const FileRead& read) const {
+    const File& file = files_[chunk.origin];
+    for (const FileRead::Copy& copy : read.copies) std::memcpy(copy.to, copy.from, copy.nbytes);
+    check_unchanged(file);
+    return read.offset - (file.direct ? round_down(chunk.offset) : chunk.offset);
+}
+
+PageReadError FileSource::failure(const Chunk& chunk, const FileRead& read, int64_t answer) const {
+    const File& file = files_[chunk.origin];
+    try {
+        check_unchanged(file);  // the likely reason, and the clearer message
+    } catch (const PageReadError& error) {
+        return error;
+    }
+    return PageReadError(file.path + " offset " + std::to_string(read.offset) + ": " +
+                         (answer < 0 ? std::strerror(static_cast<int>(-answer))
+                                     : "the file ends there; it was truncated"));
 }
 
 void FileSource::check_unchanged(const File& file) const {

@@ -1,19 +1,24 @@
-// Pages as byte ranges of files, read with pread, O_DIRECT where the file system has it.
+// Pages as byte ranges of files, read with preadv, O_DIRECT where the file system has it.
 //
 // Why not mmap: read-ahead on a mapped file moved 3.5 times the bytes wanted, and the page cache
 // would keep a second copy outside the budget. O_DIRECT needs aligned offsets and safetensors has
-// none, so a chunk is read as the enclosing 4096-byte blocks into the worker's scratch and copied
-// from there. Ranges of a page that touch in the file are read as one; splits fall on block
-// boundaries, so a page costs at most one extra block at either end of each run.
+// none, so a chunk is read as the enclosing 4096-byte blocks. A block goes straight into the slot
+// when it lies within one piece and the device can write to where it belongs; NVMe can (it needs
+// memory aligned to 4 bytes), most virtual disks need 512. All other blocks go through a bounce
+// buffer. Either way it is one vectored read per chunk. Ranges of a page that touch in the file
+// are read as one; splits fall on block boundaries, so a page costs at most one extra block at
+// either end of each run.
 //
-// A file is identified when it is opened (size, modification time); each read checks both
-// before and after, so a file that changes under us is an error, never silent wrong weights.
+// A file is identified when it is opened (size, modification time); both are compared after each
+// read, so a file that changes under us is an error, never silent wrong weights.
 #pragma once
 
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <string>
 #include <unordered_map>
 
+#include "errors.h"
 #include "page_source.h"
 
 namespace moe_offload {
@@ -23,6 +28,24 @@ struct FileSegment {
     uint64_t offset;  // in the file
     uint64_t nbytes;
     uint64_t page_offset;
+};
+
+// One vectored read, and what to copy when it is done. Fills `parts` from `offset` on.
+struct FileRead {
+    struct Copy {
+        std::byte* to;
+        const std::byte* from;
+        uint64_t nbytes;
+    };
+    int fd = -1;
+    uint64_t offset = 0;  // in the file
+    uint64_t want = 0;    // bytes that must arrive; the last block of a file is short
+    std::vector<iovec> parts;
+    std::vector<Copy> copies;  // out of the bounce buffer
+    size_t first_part = 0;     // those before it are full
+
+    // After n bytes arrived: what is left to read. A read may be short.
+    void advance(uint64_t n);
 };
 
 class FileSource final : public PageSource {
@@ -42,6 +65,16 @@ class FileSource final : public PageSource {
     uint64_t read(int32_t layer, int32_t expert, const Chunk& chunk, std::byte* page,
                   Scratch& scratch) const override;
 
+    // `read` in steps, for engines that do the reading themselves. Bytes a bounce buffer for this
+    // chunk must have (aligned to Scratch::kAlign); 0 when none is needed.
+    uint64_t bounce_bytes(const Chunk& chunk) const;
+    FileRead plan(const Chunk& chunk, std::byte* page, std::byte* bounce) const;
+    // When all bytes wanted have arrived: the rest of the way into the page, and the check that
+    // the file is unchanged. Returns the bytes read from storage.
+    uint64_t finish(const Chunk& chunk, const FileRead& read) const;
+    // What to throw for a read that answered 0 or -error.
+    PageReadError failure(const Chunk& chunk, const FileRead& read, int64_t answer) const;
+
     // "direct", "buffered", or "mixed" when only some files support O_DIRECT.
     std::string io_mode() const;
     // True when some file no longer has a name: reads go on from the open handle.
@@ -52,13 +85,12 @@ class FileSource final : public PageSource {
         std::string path;
         int fd = -1;
         bool direct = false;
+        uint64_t memory_align = Scratch::kAlign;  // that O_DIRECT needs of addresses
         off_t size = 0;
         int64_t mtime_ns = 0;
     };
 
     void check_unchanged(const File& file) const;
-    void read_exactly(const File& file, std::byte* into, uint64_t offset, uint64_t want,
-                      uint64_t room) const;
 
     std::vector<File> files_;
     std::unordered_map<uint64_t, std::vector<FileSegment>> pages_;

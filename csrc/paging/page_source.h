@@ -6,8 +6,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
+
+#include "huge_pages.h"
 
 namespace moe_offload {
 
@@ -26,18 +27,17 @@ struct Chunk {
     std::vector<Piece> pieces;
 };
 
-// A worker thread's private aligned buffer, grown on demand; O_DIRECT reads bounce through it.
+// A worker thread's private buffer, grown on demand; O_DIRECT reads bounce through it.
 class Scratch {
   public:
-    static constexpr size_t kAlign = 4096;
-    std::byte* reserve(size_t nbytes);
+    static constexpr size_t kAlign = 4096;  // of what reserve() returns, at least
+    std::byte* reserve(size_t nbytes) {
+        if (nbytes > memory_.size()) memory_ = HugeRegion(nbytes);
+        return memory_.data();
+    }
 
   private:
-    struct Free {
-        void operator()(std::byte* pointer) const;
-    };
-    std::unique_ptr<std::byte[], Free> buffer_;
-    size_t capacity_ = 0;
+    HugeRegion memory_;
 };
 
 // Sources keep their pages in maps; one key for both coordinates.

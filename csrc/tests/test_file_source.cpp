@@ -1,40 +1,17 @@
 // Byte ranges of real files: any alignment, direct and buffered, and every way a file can go wrong.
+#include <unistd.h>
 #include <algorithm>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <random>
 
 #include "check.h"
 #include "paging/errors.h"
 #include "paging/file_source.h"
+#include "temporary_directory.h"
 
 using namespace moe_offload;
 namespace fs = std::filesystem;
 
 namespace {
-
-std::vector<char> random_bytes(size_t count, unsigned seed) {
-    std::mt19937 random(seed);
-    std::vector<char> bytes(count);
-    for (char& byte : bytes) byte = static_cast<char>(random());
-    return bytes;
-}
-
-void write_file(const fs::path& path, const std::vector<char>& bytes) {
-    std::ofstream(path, std::ios::binary).write(bytes.data(), std::streamsize(bytes.size()));
-}
-
-// A directory that is gone again at the end of the test.
-struct TemporaryDirectory {
-    fs::path path;
-    TemporaryDirectory() {
-        std::string name = (fs::temp_directory_path() / "moe_offload_XXXXXX").string();
-        if (::mkdtemp(name.data()) == nullptr) std::abort();
-        path = name;
-    }
-    ~TemporaryDirectory() { fs::remove_all(path); }
-};
 
 std::vector<char> read_page(const FileSource& source, size_t page_bytes, size_t chunk_bytes,
                             uint64_t* disk_bytes = nullptr) {
@@ -95,6 +72,66 @@ void touching_ranges_are_read_once() {
     CHECK(disk_bytes <= 300'000 + 2 * Scratch::kAlign);  // no block between chunks is read twice
 }
 
+// Blocks that may be read straight into the page are, and only the rest bounces. A page that sits
+// in memory as it does in the file (modulo the block size) needs no bounce but for its ends.
+void aligned_blocks_skip_the_bounce_buffer() {
+    const TemporaryDirectory directory;
+    const auto bytes = random_bytes(200'000, 8);
+    write_file(directory.path / "f", bytes);
+    for (const bool direct : {true, false}) {
+        FileSource source({directory.path / "f"}, direct);
+        // Two pieces; the second is at home in memory at another place of its block.
+        source.add_page(0, 0, {{0, 1000, 30'000, 1000}, {0, 31'000, 70'000, 40'008}});
+        HugeRegion page(1 << 20), bounce(1 << 20);
+        std::memset(page.data(), 'x', page.size());
+        uint64_t copied = 0, disk_bytes = 0;
+        for (const Chunk& chunk : source.chunks(0, 0, 1 << 20)) {
+            FileRead read = source.plan(chunk, page.data(), bounce.data());
+            CHECK(source.bounce_bytes(chunk) <= bounce.size());
+            for (const FileRead::Copy& copy : read.copies) copied += copy.nbytes;
+            // In portions, as short reads would do it.
+            while (read.first_part < read.parts.size()) {
+                const uint64_t portion =
+                    std::min<size_t>(read.parts[read.first_part].iov_len, 8192);
+                const ssize_t n = ::pread(read.fd, read.parts[read.first_part].iov_base, portion,
+                                          off_t(read.offset));
+                CHECK(n > 0);
+                read.advance(uint64_t(n));
+            }
+            disk_bytes += source.finish(chunk, read);
+        }
+        CHECK(std::equal(bytes.begin() + 1000, bytes.begin() + 31'000,
+                         reinterpret_cast<const char*>(page.data()) + 1000));
+        CHECK(std::equal(bytes.begin() + 31'000, bytes.begin() + 101'000,
+                         reinterpret_cast<const char*>(page.data()) + 40'008));
+        CHECK(page.data()[999] == std::byte{'x'} && page.data()[31'000] == std::byte{'x'} &&
+              page.data()[40'007] == std::byte{'x'} && page.data()[110'008] == std::byte{'x'});
+        if (source.io_mode() == "buffered") {
+            CHECK_EQ(copied, 0u);
+            CHECK_EQ(disk_bytes, 100'000u);
+        } else {
+            // [1000, 4096) and [28 672, 31 000) of the first piece, all of the second.
+            CHECK(copied == 3096u + 2328u + 70'000u || copied < 3096u + 2328u + 8192u);
+            CHECK_EQ(disk_bytes, 102'400u);  // [0, 102 400), the enclosing blocks
+        }
+    }
+}
+
+void many_small_pieces_fit_one_read() {
+    const TemporaryDirectory directory;
+    const auto bytes = random_bytes(100'000, 9);
+    write_file(directory.path / "f", bytes);
+    FileSource source({directory.path / "f"}, false);
+    std::vector<FileSegment> segments;  // 2000 of them; a vectored read takes 1024 parts
+    for (uint64_t i = 0; i < 2000; ++i) segments.push_back({0, 100 + 40 * i, 40, 64 * (1999 - i)});
+    source.add_page(0, 0, segments);
+    const auto page = read_page(source, 64 * 2000, 1 << 20);
+    for (size_t i = 0; i < 2000; ++i)
+        CHECK(std::equal(page.begin() + std::ptrdiff_t(64 * (1999 - i)),
+                         page.begin() + std::ptrdiff_t(64 * (1999 - i) + 40),
+                         bytes.begin() + std::ptrdiff_t(100 + 40 * i)));
+}
+
 void missing_truncated_changed_and_deleted_files() {
     const TemporaryDirectory directory;
     const fs::path path = directory.path / "weights";
@@ -149,6 +186,8 @@ void io_mode_says_how_files_are_read() {
 int main() {
     RUN(any_ranges_arrive_where_they_belong);
     RUN(touching_ranges_are_read_once);
+    RUN(aligned_blocks_skip_the_bounce_buffer);
+    RUN(many_small_pieces_fit_one_read);
     RUN(missing_truncated_changed_and_deleted_files);
     RUN(io_mode_says_how_files_are_read);
 }
