@@ -11,7 +11,8 @@
 
 #include "paging/errors.h"
 #include "paging/file_source.h"
-#include "paging/host_copy_engine.h"
+#include "paging/huge_pages.h"
+#include "paging/make_copy_engine.h"
 #include "paging/memory_source.h"
 #include "paging/pager.h"
 
@@ -77,10 +78,11 @@ std::shared_ptr<Pager> make_pager(std::shared_ptr<PageSource> source,
                                   std::vector<std::string> layer_names, uintptr_t slots,
                                   size_t num_slots, size_t slot_stride, const std::string& policy,
                                   const std::vector<std::pair<int32_t, int32_t>>& kept,
-                                  size_t admit_limit, int num_threads, size_t chunk_bytes,
-                                  double wait_timeout_s) {
+                                  size_t admit_limit, const std::string& io_engine, int num_threads,
+                                  int queue_depth, size_t chunk_bytes, double wait_timeout_s) {
     if (num_experts.empty()) throw std::invalid_argument("Pager: expected at least one layer");
-    if (num_threads < 1) throw std::invalid_argument("Pager: expected num_threads >= 1");
+    if (num_threads < 1 || queue_depth < 1)
+        throw std::invalid_argument("Pager: expected num_threads and queue_depth >= 1");
     if (chunk_bytes == 0 || chunk_bytes % Scratch::kAlign != 0)
         throw std::invalid_argument("Pager: expected chunk_bytes to be a multiple of 4096");
     const int32_t stride = *std::max_element(num_experts.begin(), num_experts.end());
@@ -111,7 +113,8 @@ std::shared_ptr<Pager> make_pager(std::shared_ptr<PageSource> source,
                                      .num_slots = num_slots,
                                      .kept = std::move(kept_pages),
                                      .next_request = {}});
-    auto engine = std::make_unique<HostCopyEngine>(std::move(source), num_threads, chunk_bytes);
+    auto engine =
+        make_copy_engine(std::move(source), {io_engine, num_threads, queue_depth, chunk_bytes});
     return {new Pager(std::move(options), std::move(rule), std::move(engine)), destroy_pager};
 }
 
@@ -185,6 +188,13 @@ PYBIND11_MODULE(_core, m) {
             std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), nbytes);
         },
         "to"_a, "from_"_a, "nbytes"_a, "memcpy between two addresses the caller owns");
+    m.def(
+        "advise_huge_pages",
+        [](uintptr_t address, size_t nbytes) {
+            advise_huge_pages(reinterpret_cast<void*>(address), nbytes);
+        },
+        "address"_a, "nbytes"_a, "ask for huge pages, before the memory is used");
+    m.def("why_no_io_uring", &why_no_io_uring, "\"\" when io_uring works here, else why not");
 
     py::class_<PageSource, std::shared_ptr<PageSource>>(m, "PageSource");
     py::class_<FileSource, PageSource, std::shared_ptr<FileSource>>(m, "FileSource")
@@ -250,7 +260,8 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init(&make_pager), py::kw_only(), "source"_a, "num_experts"_a, "layer_names"_a,
              "slots"_a, "num_slots"_a, "slot_stride"_a, "policy"_a = "lru",
              "kept"_a = std::vector<std::pair<int32_t, int32_t>>{}, "admit_limit"_a = 0,
-             "num_threads"_a = 4, "chunk_bytes"_a = 1 << 20, "wait_timeout_s"_a = 120.0)
+             "io_engine"_a = "auto", "num_threads"_a = 4, "queue_depth"_a = 8,
+             "chunk_bytes"_a = 1 << 20, "wait_timeout_s"_a = 120.0)
         .def(
             "acquire",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& experts,
@@ -300,6 +311,7 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("num_live_tickets", &Pager::num_live_tickets)
         .def_property_readonly("admit_limit", &Pager::admit_limit)
         .def_property_readonly("uses_weights", &Pager::uses_weights)
+        .def_property_readonly("io_engine", &Pager::engine_name)
         .def(
             "set_chaos",
             [](Pager& self, uint64_t seed, int64_t max_delay_us, bool reorder,

@@ -1,5 +1,6 @@
 // The seam between policy and transport. The pager decides what goes where and when; a copy
-// engine moves bytes. Host: worker threads (host_copy_engine.h). CUDA: copy streams, later.
+// engine moves bytes. Host: worker threads (host_copy_engine.h) or io_uring (uring_copy_engine.h).
+// CUDA: copy streams, later.
 //
 // Threads: submit, promote and cancel may be called from any thread, also with the pager's lock
 // held. `on_done` runs exactly once per submitted job, on a worker thread, with no engine lock
@@ -11,6 +12,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "page_source.h"
 
@@ -58,6 +60,7 @@ class CopyEngine {
     enum class Cancelled { kGone, kWillReport, kTooLate };
 
     virtual ~CopyEngine() = default;
+    virtual std::string name() const = 0;  // for reports: how bytes are moved
     // Queues the job behind others of its priority. Never blocks on a copy.
     virtual void submit(std::shared_ptr<CopyJob> job) = 0;
     // A prefetch became a demand: move it ahead of all prefetches. No effect when done.

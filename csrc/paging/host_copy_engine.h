@@ -1,27 +1,26 @@
-// Copies on worker threads: file to slot, memory to slot, or through a callback.
+// Copies on worker threads: file to slot, memory to slot, or through a callback. Works with every
+// source and every kernel; uring_copy_engine.h reads files with less CPU time where it can.
 //
-// Two queues, demand before prefetch. A job is cut into chunks and every worker takes the next
-// chunk of the first job, so several reads of one page are in flight at once (that is the disk's
-// queue depth) and a demand waits for at most one prefetch chunk per worker.
-// One lock guards queues and job state; it is never held while bytes move.
+// Every worker takes the next chunk of the first job, so several reads of one page are in flight at
+// once. One lock guards queue and job state; it is never held while bytes move.
 #pragma once
 
 #include <condition_variable>
-#include <deque>
 #include <mutex>
-#include <random>
 #include <thread>
 
-#include "copy_engine.h"
+#include "copy_queue.h"
 
 namespace moe_offload {
 
 class HostCopyEngine final : public CopyEngine {
   public:
-    // Starts `num_threads` >= 1 workers that read from `source`.
+    // Starts `num_threads` >= 1 workers that read from `source`. Half of them at most copy
+    // prefetches at a time.
     HostCopyEngine(std::shared_ptr<const PageSource> source, int num_threads, size_t chunk_bytes);
     ~HostCopyEngine() override;
 
+    std::string name() const override { return "threads"; }
     void submit(std::shared_ptr<CopyJob> job) override;
     void promote(const std::shared_ptr<CopyJob>& job) override;
     Cancelled cancel(const std::shared_ptr<CopyJob>& job) override;
@@ -29,24 +28,13 @@ class HostCopyEngine final : public CopyEngine {
     void stop() override;
 
   private:
-    using Queue = std::deque<std::shared_ptr<CopyJob>>;
-
     void work();
-    std::shared_ptr<CopyJob> pick();
-    void finish_chunk(const std::shared_ptr<CopyJob>& job, std::exception_ptr error, uint64_t bytes,
-                      uint64_t disk_bytes, std::unique_lock<std::mutex>& lock);
-    void remove(const std::shared_ptr<CopyJob>& job);
 
     const std::shared_ptr<const PageSource> source_;
-    const size_t chunk_bytes_;
-
     std::mutex mutex_;
     std::condition_variable work_ready_;
-    Queue demand_, prefetch_;  // jobs with chunks left to start
+    CopyQueue queue_;
     bool stopping_ = false;
-    Chaos chaos_;
-    std::mt19937_64 random_;
-
     std::vector<std::thread> threads_;
 };
 

@@ -116,6 +116,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     size_t num_live_tickets() const;
     size_t admit_limit() const { return admit_limit_; }
     bool uses_weights() const { return uses_weights_; }
+    std::string engine_name() const { return engine_->name(); }
 
     // Keeps (true) or forgets (false) all requests from now on, for replay.
     void set_recording(bool recording);

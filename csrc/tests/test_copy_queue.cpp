@@ -1,0 +1,155 @@
+// The order of copies, without threads: demand before prefetch, chunk by chunk.
+#include <algorithm>
+#include <functional>
+
+#include "check.h"
+#include "fake_source.h"
+#include "paging/copy_queue.h"
+
+using namespace moe_offload;
+
+namespace {
+
+constexpr uint64_t kBytes = 64;
+
+std::shared_ptr<CopyJob> job(int32_t expert, Priority priority) {
+    auto job = std::make_shared<CopyJob>();
+    job->expert = expert;
+    job->priority = priority;
+    job->on_done = [](const CopyResult&) {};
+    return job;
+}
+
+CopyQueue queue(size_t chunks_per_page, size_t max_prefetch_chunks = 100) {
+    return {std::make_shared<FakeSource>(kBytes, chunks_per_page), 4096, max_prefetch_chunks};
+}
+
+// Takes and finishes one chunk after the other until nothing is left: the experts in that order.
+std::vector<int32_t> run(CopyQueue& queue) {
+    std::vector<int32_t> order;
+    while (auto step = queue.take()) {
+        order.push_back(step->job->expert);
+        if (const auto report = queue.finish(*step, step->error, 0)) report();
+    }
+    return order;
+}
+
+void a_demand_goes_between_the_chunks_of_a_prefetch() {
+    CopyQueue q = queue(3);
+    q.push(job(1, Priority::kPrefetch));
+    const auto first = q.take();
+    q.push(job(2, Priority::kPrefetch));
+    q.push(job(3, Priority::kDemand));
+    CHECK(!q.finish(*first, nullptr, 0));
+    CHECK_EQ(run(q), (std::vector<int32_t>{3, 3, 3, 1, 1, 2, 2, 2}));
+}
+
+void prefetches_leave_room_for_demands() {
+    CopyQueue q = queue(2, 2);
+    q.push(job(1, Priority::kPrefetch));
+    q.push(job(2, Priority::kPrefetch));
+    const auto a = q.take(), b = q.take();
+    CHECK(a && b);
+    CHECK(!q.ready());  // two prefetch chunks are in flight, a third may not start
+    CHECK(!q.take());
+    q.push(job(3, Priority::kDemand));
+    CHECK(q.ready());
+    CHECK_EQ(q.take()->job->expert, 3);
+    CHECK_EQ(q.take()->job->expert, 3);
+    CHECK(!q.take());
+    CHECK(q.finish(*a, nullptr, 0) == nullptr);
+    CHECK_EQ(q.take()->job->expert, 2);
+}
+
+void a_promoted_prefetch_is_a_demand() {
+    CopyQueue q = queue(2, 1);
+    const auto p1 = job(1, Priority::kPrefetch), p2 = job(2, Priority::kPrefetch);
+    q.push(p1);
+    q.push(p2);
+    const auto first = q.take();
+    q.promote(p2);
+    q.promote(p1);
+    q.promote(p1);  // twice changes nothing
+    CHECK(q.ready());
+    CHECK_EQ(run(q), (std::vector<int32_t>{2, 2, 1}));
+    CHECK(q.finish(*first, nullptr, 0));
+}
+
+void cancelling() {
+    CopyQueue q = queue(2);
+    const auto queued = job(1, Priority::kPrefetch), running = job(2, Priority::kPrefetch),
+               demand = job(3, Priority::kDemand);
+    q.push(running);
+    const auto step = q.take();
+    q.push(queued);
+    q.push(demand);
+    CHECK(q.cancel(queued) == CopyEngine::Cancelled::kGone);
+    CHECK(q.cancel(queued) == CopyEngine::Cancelled::kTooLate);
+    CHECK(q.cancel(running) == CopyEngine::Cancelled::kWillReport);
+    CHECK(q.cancel(demand) == CopyEngine::Cancelled::kTooLate);
+    CHECK(q.finish(*step, nullptr, 0));
+    CHECK(running->result.cancelled);
+    CHECK_EQ(running->result.bytes, kBytes / 2);
+    CHECK_EQ(run(q), (std::vector<int32_t>{3, 3}));
+}
+
+void the_first_error_ends_a_job() {
+    CopyQueue q = queue(4);
+    const auto bad = job(1, Priority::kDemand), good = job(2, Priority::kDemand);
+    q.push(bad);
+    q.push(good);
+    const auto a = q.take(), b = q.take();
+    CHECK(!q.finish(*a, std::make_exception_ptr(PageReadError("first")), 4096));
+    const auto report = q.finish(*b, std::make_exception_ptr(PageReadError("second")), 0);
+    CHECK(report != nullptr);
+    CHECK_THROWS(PageReadError, "first", std::rethrow_exception(bad->result.error));
+    CHECK_EQ(bad->result.bytes, 0u);
+    CHECK_EQ(bad->result.disk_bytes, 4096u);
+    CHECK_EQ(run(q), (std::vector<int32_t>{2, 2, 2, 2}));
+}
+
+void an_unknown_page_is_one_step_with_an_error() {
+    class Empty final : public PageSource {
+        std::vector<Chunk> chunks(int32_t, int32_t, size_t) const override {
+            throw std::invalid_argument("no such page");
+        }
+        uint64_t read(int32_t, int32_t, const Chunk&, std::byte*, Scratch&) const override {
+            return 0;
+        }
+    };
+    CopyQueue q(std::make_shared<Empty>(), 4096, 1);
+    const auto lost = job(1, Priority::kDemand);
+    q.push(lost);
+    const auto step = q.take();
+    CHECK(step->chunk == nullptr);
+    CHECK(q.finish(*step, step->error, 0));
+    CHECK_THROWS(std::invalid_argument, "no such page", std::rethrow_exception(lost->result.error));
+}
+
+void chaos_reorders_delays_and_fails() {
+    CopyQueue q = queue(1);
+    q.set_chaos({.seed = 5, .max_delay_us = 20, .reorder = true, .fail_probability = 0.3});
+    std::vector<std::shared_ptr<CopyJob>> jobs;
+    for (int32_t i = 0; i < 200; ++i) {
+        jobs.push_back(job(i, Priority::kDemand));
+        q.push(jobs.back());
+    }
+    const auto order = run(q);
+    CHECK_EQ(order.size(), 200u);
+    CHECK(!std::is_sorted(order.begin(), order.end()));
+    const auto failed = std::count_if(jobs.begin(), jobs.end(),
+                                      [](const auto& job) { return job->result.error != nullptr; });
+    CHECK(failed > 20 && failed < 120);  // 60 expected; 20 and 120 are 6 and 9 sigma away
+}
+
+}  // namespace
+
+int main() {
+    RUN(a_demand_goes_between_the_chunks_of_a_prefetch);
+    RUN(prefetches_leave_room_for_demands);
+    RUN(a_promoted_prefetch_is_a_demand);
+    RUN(cancelling);
+    RUN(the_first_error_ends_a_job);
+    RUN(an_unknown_page_is_one_step_with_an_error);
+    RUN(chaos_reorders_delays_and_fails);
+}
