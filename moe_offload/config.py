@@ -88,9 +88,15 @@ class OffloadConfig:
         device: where experts are computed. "cpu" in this version.
         expert_backend: "auto" or "grouped_mm" (transformers' own arithmetic on the slots).
         fill: read experts into the slots at construction: True, False, or "auto" = when all fit.
-        io_threads: worker threads that read or copy pages, 1 to 64.
-        chunk_bytes: copies are cut into pieces of this size, so that a demand fetch never waits
-            for more than one piece of a prefetch per thread; a multiple of 4096.
+        io_engine: how files are read: "io_uring", "threads" (a pool of them that call pread), or
+            "auto" = io_uring where it was built and the kernel allows it. What was taken, and why
+            not io_uring, is in `stats()`. Experts in memory are always copied by threads.
+        io_threads: worker threads that read or copy pages, 1 to 64. Half of them at most copy
+            prefetches, so that a demand fetch finds one free.
+        io_depth: reads that io_uring keeps in flight for demand fetches, 1 to 256; prefetches
+            never have more than two.
+        chunk_bytes: copies are cut into pieces of this size: the unit in which a demand fetch
+            overtakes prefetches; a multiple of 4096.
         direct_io: read checkpoints with O_DIRECT so that expert bytes stay out of the page cache;
             False reads through the page cache.
         wait_timeout_s: no wait for a page lasts longer than this; a timeout raises.
@@ -103,7 +109,9 @@ class OffloadConfig:
     device: str = "cpu"
     expert_backend: Literal["auto", "grouped_mm"] = "auto"
     fill: bool | Literal["auto"] = "auto"
+    io_engine: Literal["auto", "io_uring", "threads"] = "auto"
     io_threads: int = 4
+    io_depth: int = 8
     chunk_bytes: int = 1 << 20
     direct_io: bool = True
     wait_timeout_s: float = 120.0
@@ -120,8 +128,11 @@ class OffloadConfig:
                 f'device: expected "cpu", got {self.device!r}. This version computes experts on '
                 'the CPU; load the model there and pass device="cpu".'
             )
+        _choose("io_engine", self.io_engine, ("auto", "io_uring", "threads"))
         if not 1 <= self.io_threads <= 64:
             raise ValueError(f"io_threads: expected 1 to 64, got {self.io_threads}")
+        if not 1 <= self.io_depth <= 256:
+            raise ValueError(f"io_depth: expected 1 to 256, got {self.io_depth}")
         if self.chunk_bytes < 4096 or self.chunk_bytes % 4096:
             raise ValueError(
                 f"chunk_bytes: expected a positive multiple of 4096, got {self.chunk_bytes}"

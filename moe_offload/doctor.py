@@ -45,6 +45,8 @@ def examine() -> dict[str, Any]:
             "current": _safely(partial(_direct_io, os.getcwd)),  # it may have been deleted
             "temporary": _safely(partial(_direct_io, tempfile.gettempdir)),
         },
+        "io_uring": _safely(_io_uring),
+        "huge_pages": _safely(_huge_pages),
     }
     report["missing"] = _missing(report)
     report["works"] = not any(entry["needed"] for entry in report["missing"])
@@ -180,6 +182,17 @@ def _io_mode(folder: str) -> dict[str, Any]:
         return {"io_mode": _core.FileSource([file.name], True).io_mode}
 
 
+def _io_uring() -> dict[str, Any]:
+    from moe_offload import _core
+
+    return {"fallback": _core.why_no_io_uring() or None}
+
+
+def _huge_pages() -> dict[str, Any]:
+    text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    return {"setting": text.partition("[")[2].partition("]")[0]}
+
+
 def _missing(report: dict[str, Any]) -> list[dict[str, Any]]:
     """What is absent, what it is for, and how to get it."""
     package = report["moe_offload"]
@@ -203,6 +216,16 @@ def _missing(report: dict[str, Any]) -> list[dict[str, Any]]:
             why = f"{mode['folder']} has none; pages read from there go through the page cache"
             how = "keep checkpoints on a file system with O_DIRECT (ext4, xfs, btrfs, NVMe)"
             entries.append(_entry(False, f"O_DIRECT in the {name} directory", why, how))
+    if report["io_uring"].get("fallback"):
+        why = f"files are read by a thread pool; {report['io_uring']['fallback']}"
+        how = "allow it: sysctl kernel.io_uring_disabled=0, the container's seccomp profile"
+        if "liburing" in report["io_uring"]["fallback"]:
+            how = "apt install liburing-dev, then install moe_offload again"
+        entries.append(_entry(False, "io_uring", why, how))
+    if report["huge_pages"].get("setting") == "never":
+        why = "reads from disk cost more CPU time, on virtual disks they are slower as well"
+        how = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled (as root)"
+        entries.append(_entry(False, "transparent huge pages", why, how))
     if report["cuda_driver"].get("found"):
         why = "a GPU is here, but this version computes experts on the CPU"
         entries.append(_entry(False, "moe_offload._cuda", why, "not part of this version"))
@@ -237,6 +260,9 @@ def render(report: dict[str, Any]) -> str:
         found = {"direct": "yes", "buffered": "no; reads go through the page cache"}
         text = found.get(mode.get("io_mode", ""), f"could not be tried: {mode.get('error')}")
         rows.append((f"O_DIRECT, {name}", f"{text} ({mode.get('folder', '?')})"))
+    uring, huge = report["io_uring"], report["huge_pages"]
+    rows.append(("io_uring", uring.get("error") or uring["fallback"] or "yes"))
+    rows.append(("huge pages", huge.get("error") or huge["setting"]))
     lines = [f"{name:<20}{text}" for name, text in rows]
     lines.append("")
     for entry in report["missing"]:

@@ -192,9 +192,10 @@ class Offloader:
         prefetch_bytes_used, prefetch_bytes_wasted, fill_bytes, disk_bytes, evictions, bypasses,
         stall_seconds, overlap_seconds, device_budget_bytes, total_expert_bytes, num_slots,
         num_pages, resident_pages, policy, expert_backend (several names when layers differ),
-        io_mode, files_deleted, and per_layer: the same for each layer, with its expert_backend
-        and, in passed_over, why no faster one computes it (None: the fastest does). predictor is
-        None without one; else its recall, time, and what it saved and wasted.
+        io_mode, io_engine, io_fallback, files_deleted, and per_layer: the same for each layer,
+        with its expert_backend and, in passed_over, why no faster one computes it (None: the
+        fastest does). predictor is None without one; else its recall,
+        time, and what it saved and wasted.
         """
         self._check_open("stats")
         per_layer = layer_stats(self.pools)
@@ -213,6 +214,8 @@ class Offloader:
             "policy": self.config.policy,
             "expert_backend": "/".join(sorted({row["expert_backend"] for row in per_layer})),
             "io_mode": "/".join(sorted({pool.io_mode() for pool in self.pools})),
+            "io_engine": "/".join(sorted({pool.io_engine() for pool in self.pools})),
+            "io_fallback": next(filter(None, (pool.io_fallback() for pool in self.pools)), None),
             "files_deleted": any(pool.files_deleted() for pool in self.pools),
             "predictor": None if self.predicting is None else self.predicting.stats(totals),
             "per_layer": per_layer,

@@ -44,7 +44,7 @@ class ExpertPool:
         num_experts: experts of each layer.
         source: where pages come from.
         num_slots: slots to allocate, at least MIN_SLOTS; more than there are pages is cut.
-        config: io_threads, chunk_bytes, direct_io, policy and so on.
+        config: io_engine, chunk_bytes, direct_io, policy and so on.
     """
 
     def __init__(
@@ -86,7 +86,9 @@ class ExpertPool:
             slot_stride=self.layout.slot_stride,
             policy=self._config.policy,
             kept=kept,
+            io_engine=self._config.io_engine,
             num_threads=self._config.io_threads,
+            queue_depth=self._config.io_depth,
             chunk_bytes=self._config.chunk_bytes,
             wait_timeout_s=self._config.wait_timeout_s,
         )
@@ -160,6 +162,15 @@ class ExpertPool:
         if isinstance(self._source, _core.FileSource):
             return self._source.io_mode
         return "converted" if isinstance(self._source, _core.CallbackSource) else "memory"
+
+    def io_engine(self) -> str:
+        """What moves the bytes: "io_uring" or "threads"."""
+        return self.pager.io_engine
+
+    def io_fallback(self) -> str | None:
+        """Why files are read by threads although io_uring was preferred; None when they are not."""
+        wanted = self._config.io_engine == "auto" and isinstance(self._source, _core.FileSource)
+        return _core.why_no_io_uring() if wanted and self.io_engine() == "threads" else None
 
     def files_deleted(self) -> bool:
         """True when a checkpoint file lost its name; reads go on from the open handle."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_offload import _core
+
 SECTION_ALIGN = 256
 SLOT_ALIGN = 4096
 
@@ -113,9 +115,12 @@ def allocate_slab(layout: PageLayout, num_slots: int) -> Tensor:
     """A zeroed slab of slots, uint8 [S * slot_stride], starting on a 4096-byte boundary.
 
     Zeroed so that no kernel that multiplies a masked row by zero can meet NaN left in memory by
-    someone else; the zero pages cost nothing until a slot is filled.
+    someone else. In huge pages where the kernel gives them: matrix kernels that stream weights
+    save TLB misses, and direct reads need fewer pieces.
     """
     nbytes = num_slots * layout.slot_stride
-    raw = torch.zeros(nbytes + SLOT_ALIGN, dtype=torch.uint8)
+    raw = torch.empty(nbytes + SLOT_ALIGN, dtype=torch.uint8)
+    _core.advise_huge_pages(raw.data_ptr(), raw.numel())  # before it is touched
+    raw.zero_()
     start = -raw.data_ptr() % SLOT_ALIGN
     return raw[start : start + nbytes]

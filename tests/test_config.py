@@ -47,6 +47,8 @@ def test_malformed_budgets_are_refused(budget):
         ({"expert_backend": "x"}, ValueError, "expert_backend: expected one of"),
         ({"fill": "yes"}, ValueError, "fill: expected True, False"),
         ({"io_threads": 0}, ValueError, "io_threads: expected 1 to 64, got 0"),
+        ({"io_depth": 257}, ValueError, "io_depth: expected 1 to 256, got 257"),
+        ({"io_engine": "aio"}, ValueError, "io_engine: expected one of auto, io_uring, threads"),
         ({"chunk_bytes": 5000}, ValueError, "multiple of 4096, got 5000"),
         ({"wait_timeout_s": 0}, ValueError, "seconds > 0"),
         ({"static_experts": [(0, 1)]}, ValueError, 'needs policy="static"'),

@@ -37,7 +37,11 @@ def test_text_names_every_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "probe", ["_package", "_python", "_torch", "_cpu", "_memory", "_cuda_driver", "_direct_io"]
+    "probe",
+    [
+        *("_package", "_python", "_torch", "_cpu", "_memory", "_cuda_driver", "_direct_io"),
+        *("_io_uring", "_huge_pages"),
+    ],
 )
 def test_a_failing_probe_is_reported_not_raised(
     probe: str, monkeypatch: pytest.MonkeyPatch
@@ -120,6 +124,18 @@ def test_buffered_reads_are_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None
     report = doctor.examine()
     assert "O_DIRECT in the current directory" in [entry["what"] for entry in report["missing"]]
     assert "no; reads go through the page cache" in doctor.render(report)
+    assert report["works"]
+
+
+def test_the_reason_for_no_io_uring_and_huge_pages_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "_io_uring", lambda: {"fallback": "seccomp said no"})
+    monkeypatch.setattr(doctor, "_huge_pages", lambda: {"setting": "never"})
+    report = doctor.examine()
+    assert {"io_uring", "transparent huge pages"} <= {e["what"] for e in report["missing"]}
+    text = doctor.render(report)
+    assert "missing (optional): io_uring: files are read by a thread pool; seccomp said no" in text
     assert report["works"]
 
 

@@ -16,6 +16,7 @@ from experts import random_routing, random_weights, write_page_file
 from moe_offload import _core
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import BudgetError, PageReadError, StateError
+from moe_offload.layer import OffloadedExperts
 from moe_offload.offloader import ExpertLayer, Offloader, plan_slots, smallest_budget
 from moe_offload.pages import PageLayout
 from moe_offload.sources import CallbackPages, FilePages, Piece
@@ -55,6 +56,8 @@ def test_random_requests_resizes_and_failures_against_the_weights(page_file, see
         "direct_io": seed % 2 == 0,
         "chunk_bytes": rng.choice([4096, 8192, 1 << 20]),
         "io_threads": rng.choice([1, 3]),
+        "io_engine": ["auto", "threads"][seed % 4 // 2],
+        "io_depth": rng.choice([1, 5]),
     }
     with Offloader(described, pages, OffloadConfig(device_budget="30%", **options)) as offloader:
         failing = False
@@ -105,6 +108,27 @@ def test_everything_resident_reads_nothing_after_the_fill(page_file):
         stats = offloader.stats()
         assert (stats["hit_rate"], stats["demand_bytes"]) == (1.0, 0)
         assert stats["disk_bytes"] == disk_bytes
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+def test_the_io_engine_is_reported(page_file, monkeypatch, engine):
+    _, layers, described, pages = page_file
+    if engine == "io_uring" and (reason := _core.why_no_io_uring()):
+        pytest.skip(f"no io_uring here: {reason}")
+    with Offloader(described, pages, OffloadConfig(io_engine=engine)) as offloader:
+        forward(offloader, layers, 0, list(range(EXPERTS)))
+        stats = offloader.stats()
+        assert (stats["io_engine"], stats["io_fallback"]) == (engine, None)
+    with Offloader(described, pages, OffloadConfig()) as offloader:  # auto
+        stats = offloader.stats()
+        assert (stats["io_engine"] == "io_uring") == (_core.why_no_io_uring() == "")
+        assert bool(stats["io_fallback"]) == (stats["io_engine"] == "threads")
+
+
+def test_io_uring_for_experts_in_memory_is_refused():
+    weights = random_weights(4, 32, 16)
+    with pytest.raises(ValueError, match="io_uring reads files, and these experts come from mem"):
+        OffloadedExperts(weights, device_budget="50%", io_engine="io_uring")
 
 
 def test_counters_and_timeline_tell_what_happened(page_file, tmp_path):
@@ -271,7 +295,8 @@ def test_use_after_close_and_restore_without_a_model(page_file):
     assert "closed" in repr(offloader)
 
 
-def test_threads_end_with_the_offloader(page_file):
+@pytest.mark.parametrize("engine", ["auto", "threads"])
+def test_threads_end_with_the_offloader(page_file, engine):
     _, _, described, pages = page_file
 
     def threads() -> set[str]:
@@ -279,9 +304,11 @@ def test_threads_end_with_the_offloader(page_file):
 
     gc.collect()  # offloaders of earlier tests
     before = threads()
-    offloader = Offloader(described, pages, OffloadConfig(io_threads=5))
+    config = OffloadConfig(io_engine=engine, io_threads=5)
+    offloader = Offloader(described, pages, config)
     workers = threads() - before
-    assert len(workers) == 5
+    assert len(workers) == 5 or offloader.stats()["io_engine"] == "io_uring"
+    assert workers
     del offloader
     gc.collect()
     deadline = time.monotonic() + 5
