@@ -43,7 +43,7 @@ cpp-test-release: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Release
 cpp-test-address: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=address
 cpp-test-thread: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=thread
 .PHONY: cpp-test-release cpp-test-address cpp-test-thread
-cpp-test-release cpp-test-address cpp-test-thread: $(VENV)/tools.stamp
+cpp-test-release cpp-test-address cpp-test-thread: $(VENV)/tools.stamp | liburing
 	@mkdir -p build
 	@echo "C++ tests: $(CPP_FLAGS)"
 	@cmake -S . -B build/$@ -G Ninja $(CPP_FLAGS) $(CMAKE_ARGS) -DMOE_OFFLOAD_PYTHON=OFF \
@@ -68,8 +68,18 @@ gpu:
 
 install: $(VENV)/install.stamp
 
+# io_uring is optional. Its headers are installed where apt may do so without asking (root); else
+# a thread pool reads the files, and `moe-offload doctor` says so.
+LIBURING := apt-get install -qq -y --no-install-recommends liburing-dev
+.PHONY: liburing
+liburing:
+	@test -e /usr/include/liburing.h || { test "$$(id -u)" = 0 && command -v apt-get && { \
+		timeout 120 $(LIBURING) || { timeout 120 apt-get update -qq && timeout 120 $(LIBURING); }; \
+		}; } > /dev/null 2>&1 || echo "No liburing headers (Debian: apt install liburing-dev):" \
+		"building without io_uring, a thread pool reads the files."
+
 # Editable and not isolated, so that it compiles with the pinned tools and only what changed.
-$(VENV)/install.stamp: $(VENV)/tools.stamp pyproject.toml $(BUILD_INPUTS)
+$(VENV)/install.stamp: $(VENV)/tools.stamp pyproject.toml $(BUILD_INPUTS) | liburing
 	@echo "Installing moe_offload and what it needs into $(VENV); torch is the large part."
 	@$(PIP) --no-build-isolation --editable '.[hf,dev]'
 	@touch $@

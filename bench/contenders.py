@@ -119,6 +119,8 @@ class Contender:
                 phases["prefill"] = self._phase(read_before)
                 self._reset()
                 read_before = disk_read_bytes()
+            if step == 1 + new_tokens // 2:
+                phases["decode_begin"] = self._stats()
             if drop_cache:
                 drop_page_cache(self._files)
             start = time.perf_counter()
@@ -131,6 +133,7 @@ class Contender:
             tokens.append(int(feed))
             seconds.append(time.perf_counter() - start)
         phases["decode"] = self._phase(read_before)
+        phases["decode_end"] = _difference(phases["decode"]["stats"], phases["decode_begin"])
         return {
             "prompt_tokens": len(prompt),
             "tokens": tokens,
@@ -180,6 +183,13 @@ class Contender:
             "stalled_s": _union(stalls),
             "num_copies": len(copies),
         }
+
+
+def _difference(whole: Row | None, begin: Row | None) -> Row | None:
+    """Hits and look-ups of the second half of decode."""
+    if whole is None or begin is None:
+        return None
+    return {name: whole[name] - begin[name] for name in ("hits", "lookups")}
 
 
 def _union(spans: list[Interval]) -> float:

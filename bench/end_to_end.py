@@ -54,7 +54,7 @@ class Plan:
     memory_bytes: int  # read per memory roof sample
 
 
-STANDARD = Plan(Spec(), 128, 9, 10, 17, 24, 0.2, 1 << 29)
+STANDARD = Plan(Spec(), 512, 9, 12, 15, 24, 0.1, 1 << 29)
 QUICK = Plan(checkpoints.QUICK, 12, 2, 4, 2, 4, 0.005, 1 << 22)
 
 

@@ -24,6 +24,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 
+# What is measured is this checkout, installed or not; children get the same (comparison.py).
+sys.path.insert(0, str(REPOSITORY))
+
 Row = dict[str, Any]
 
 

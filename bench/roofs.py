@@ -1,32 +1,42 @@
-"""What this machine can do: O_DIRECT disk reads the way a pager reads, and memory reads.
+"""What this machine can do: disk reads the way a pager reads, memory reads, matrix products.
 
-Disk: pages at random offsets of the checkpoint's own files, cut into chunks, read by several
-threads at once into aligned buffers, and thrown away. No copy into a slot, no arithmetic beside it:
-an upper bound for any pager with the same chunk size and depth. Memory: one pass over a buffer far
-larger than the caches, all cores at once. Virtual disks are noisy (swings of 1.5x that last
-minutes), so a benchmark takes short slices between its own samples.
+Disk: `_core.disk_roof` reads pages at random places of the given files with O_DIRECT, cut into
+chunks, several in flight, into huge pages that are thrown away: an upper bound for any pager with
+the same chunk size and depth. Memory: one pass over a buffer far larger than the caches, all cores
+at once. Products: a square matrix product per dtype. Virtual disks are noisy (swings of 1.5x that
+last minutes), so a benchmark takes short slices between its own samples, and this script
+interleaves its rows and gives medians with percentiles.
 
-    python bench/roofs.py FOLDER_WITH_SAFETENSORS [--seconds 1]
+    python bench/roofs.py FOLDER_WITH_SAFETENSORS [--seconds 0.1]
 """
 
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
-import random
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from harness import Row, pin_to_cores, print_table, spread
+from harness import Row, environment, machine_name, pin_to_cores, print_table, save, spread
 
 BLOCK = 4096
+# Slices between a benchmark's turns: settings that saturated one disk or another.
 DEPTHS = (1, 2, 4, 8)
 CHUNK_BYTES = (1 << 20, 4 << 20)
+# The sweep of this script, the evidence for the defaults of io_depth and chunk_bytes.
+SWEEP_CHUNKS = tuple(1 << power for power in (17, 18, 19, 20, 21, 22))
+SWEEP_DEPTHS = (1, 2, 4, 8, 16)
+
+
+def io_engines() -> list[str]:
+    """The ways to read that this build and kernel have."""
+    from moe_offload import _core
+
+    return ["threads"] if _core.why_no_io_uring() else ["threads", "io_uring"]
 
 
 def disk_read(
@@ -36,69 +46,40 @@ def disk_read(
     depth: int,
     seconds: float,
     seed: int,
-) -> float:
-    """GB/s of O_DIRECT reads of random pages with `depth` chunks in flight.
+    engine: str = "threads",
+    huge_pages: bool = True,
+) -> Row:
+    """GB/s of O_DIRECT reads of random pages with `depth` chunks in flight, and CPU seconds per GB.
 
     Raises OSError where the file system has no O_DIRECT.
     """
-    descriptors = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
-    chunk_bytes = min(chunk_bytes, -(-page_bytes // BLOCK) * BLOCK)
-    try:
-        sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
-        chunks = _random_chunks(descriptors, sizes, page_bytes, chunk_bytes, seed)
-        lock, read_bytes, errors = threading.Lock(), [0] * depth, []
-        start = time.perf_counter()
+    from moe_offload import _core
 
-        def work(number: int) -> None:
-            with mmap.mmap(-1, chunk_bytes) as buffer:
-                try:
-                    while time.perf_counter() - start < seconds:
-                        with lock:
-                            descriptor, offset = next(chunks)
-                        read_bytes[number] += os.preadv(descriptor, [buffer], offset)
-                except OSError as error:
-                    errors.append(error)
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(depth)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        elapsed = time.perf_counter() - start
-        if errors:
-            raise errors[0]
-        return sum(read_bytes) / elapsed / 1e9
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def _random_chunks(
-    descriptors: Sequence[int], sizes: Sequence[int], page_bytes: int, chunk_bytes: int, seed: int
-) -> Iterator[tuple[int, int]]:
-    """Chunk after chunk of random pages, as a queue of demand fetches would ask for them."""
-    rng = random.Random(seed)
-    pages = [
-        (descriptor, number * page_bytes // BLOCK * BLOCK)
-        for descriptor, size in zip(descriptors, sizes, strict=True)
-        for number in range(max(1, size // page_bytes))
-    ]
-    while True:
-        descriptor, begin = rng.choice(pages)
-        for offset in range(begin, begin + page_bytes, chunk_bytes):
-            yield descriptor, offset
+    page_bytes = -(-page_bytes // BLOCK) * BLOCK
+    num_bytes, wall, cpu = _core.disk_roof(
+        [str(path) for path in paths],
+        page_bytes=page_bytes,
+        chunk_bytes=min(chunk_bytes, page_bytes),
+        depth=depth,
+        seconds=seconds,
+        seed=seed,
+        io_uring=engine == "io_uring",
+        huge_pages=huge_pages,
+    )
+    return {"gb_per_s": num_bytes / wall / 1e9, "cpu_s_per_gb": cpu / (num_bytes / 1e9)}
 
 
 def disk_sweep(
     paths: Sequence[str | Path], page_bytes: int, seconds: float, seed: int
 ) -> list[Row]:
-    """One row per chunk size and depth; `seconds` each."""
+    """One row per engine, chunk size and depth; `seconds` each."""
     rows = []
-    for chunk_bytes in dict.fromkeys([*CHUNK_BYTES, page_bytes]):
-        for depth in DEPTHS:
-            rate = disk_read(paths, page_bytes, chunk_bytes, depth, seconds, seed)
-            rows.append({"chunk_bytes": chunk_bytes, "depth": depth, "gb_per_s": rate})
-            seed += 1
+    for engine in io_engines():
+        for chunk_bytes in CHUNK_BYTES:
+            for depth in DEPTHS:
+                row = disk_read(paths, page_bytes, chunk_bytes, depth, seconds, seed, engine)
+                rows.append({"engine": engine, "chunk_bytes": chunk_bytes, "depth": depth, **row})
+                seed += 1
     return rows
 
 
@@ -115,28 +96,111 @@ def memory_read(num_bytes: int = 1 << 29, repeats: int = 5) -> float:
     return sum(part.nbytes for part in parts) / min(times[1:]) / 1e9
 
 
+def memory_copy(num_bytes: int = 1 << 20, repeats: int = 200) -> float:
+    """GB/s of copying a chunk that has just arrived into memory that is not in the caches.
+
+    What a bounce buffer costs: one core, source in the cache, destination not.
+    """
+    source = np.ones(num_bytes, dtype=np.uint8)
+    slots = np.ones((128, num_bytes), dtype=np.uint8)
+    start = time.perf_counter()
+    for i in range(repeats):
+        slots[i % len(slots)] = source
+    return repeats * num_bytes / (time.perf_counter() - start) / 1e9
+
+
+def gemm_peak(dtype: str, size: int, repeats: int = 5) -> float:
+    """TFLOP/s of a [size, size] product in torch on all cores; best of `repeats`."""
+    import torch
+
+    left = torch.ones(size, size, dtype=getattr(torch, dtype))
+    out = torch.empty_like(left)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        torch.mm(left, left, out=out)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:]) / 1e12
+
+
+def _disk_table(paths: Sequence[Path], arguments: argparse.Namespace) -> list[Row]:
+    """The sweep, rows interleaved over the repeats because the disk drifts."""
+    settings: list[dict[str, Any]] = [
+        {"engine": engine, "chunk_bytes": chunk, "depth": depth, "huge_pages": True}
+        for engine in io_engines()
+        for chunk in SWEEP_CHUNKS
+        for depth in SWEEP_DEPTHS
+        if 1 << 19 <= chunk * depth <= 1 << 24
+    ]
+    settings += [  # what buffers of small pages cost
+        {"engine": engine, "chunk_bytes": 1 << 20, "depth": 4, "huge_pages": False}
+        for engine in io_engines()
+    ]
+    samples: list[list[Row]] = [[] for _ in settings]
+    for repeat in range(arguments.repeats):
+        for number, setting in enumerate(settings):
+            seed = 1000 * repeat + number
+            samples[number].append(
+                disk_read(
+                    paths, arguments.page_bytes, seconds=arguments.seconds, seed=seed, **setting
+                )
+            )
+    return [
+        {
+            **setting,
+            "chunk_kib": setting["chunk_bytes"] >> 10,
+            "gb_per_s": spread(row["gb_per_s"] for row in rows),
+            "cpu_s_per_gb": spread(row["cpu_s_per_gb"] for row in rows),
+        }
+        for setting, rows in zip(settings, samples, strict=True)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--page-bytes", type=int, default=12 << 20)
-    parser.add_argument("--seconds", type=float, default=0.5, help="per row and repeat")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.1, help="per row and repeat")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="toy sizes; rates mean nothing")
+    parser.add_argument("--machine", help="name of the results folder; default: from the CPU")
+    parser.add_argument("--output", type=Path, help="write the JSON here instead of bench/results")
     arguments = parser.parse_args()
     pin_to_cores(2)
+    record = environment()
     paths = sorted(arguments.folder.glob("*.safetensors"))
-    samples: dict[tuple[int, int], list[float]] = {}
-    for repeat in range(arguments.repeats):  # rows interleaved: the disk drifts
-        for row in disk_sweep(paths, arguments.page_bytes, arguments.seconds, 100 * repeat):
-            samples.setdefault((row["chunk_bytes"], row["depth"]), []).append(row["gb_per_s"])
-    rows = [
-        {"chunk_mib": chunk / 2**20, "depth": depth, "gb_per_s": spread(rates)}
-        for (chunk, depth), rates in samples.items()
+    if arguments.quick:
+        arguments.page_bytes, arguments.seconds, arguments.repeats = 1 << 16, 0.002, 1
+    disk = _disk_table(paths, arguments)
+    columns = {
+        "engine": "engine",
+        "chunk_kib": "chunk KiB",
+        "depth": "depth",
+        "huge_pages": "huge pages",
+        "gb_per_s": "GB/s",
+        "cpu_s_per_gb": "CPU s/GB",
+    }
+    print_table(disk, columns, "O_DIRECT reads of random pages, median [p10, p90]")
+    size, num_bytes = (128, 1 << 22) if arguments.quick else (4096, 1 << 29)
+    memory = {"read_gb_per_s": memory_read(num_bytes), "copy_gb_per_s": memory_copy()}
+    gemm = [
+        {"dtype": dtype, "tflops": gemm_peak(dtype, size)}
+        for dtype in ("bfloat16", "float16", "float32")
     ]
-    columns = {"chunk_mib": "chunk MiB", "depth": "depth", "gb_per_s": "GB/s"}
-    print_table(rows, columns, "O_DIRECT reads of random pages, median [p10, p90]")
-    print(f"\nmemory reads: {memory_read():.1f} GB/s")
+    print(
+        f"\nmemory: read {memory['read_gb_per_s']:.1f} GB/s on all cores; "
+        f"chunk to slot {memory['copy_gb_per_s']:.1f} GB/s on one"
+    )
+    print_table(gemm, {"dtype": "dtype", "tflops": "TFLOP/s"}, f"torch.mm, {size} x {size}")
+    results = {"environment": record, "disk": disk, "memory": memory, "gemm": gemm}
+    if arguments.output is not None:
+        import json
+
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    elif not arguments.quick:
+        print(f"\nwritten to {save('roofs', results, arguments.machine or machine_name())}")
 
 
 if __name__ == "__main__":

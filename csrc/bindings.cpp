@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 #include <cstring>
 
+#include "paging/disk_roof.h"
 #include "paging/errors.h"
 #include "paging/file_source.h"
 #include "paging/huge_pages.h"
@@ -194,6 +195,17 @@ PYBIND11_MODULE(_core, m) {
             advise_huge_pages(reinterpret_cast<void*>(address), nbytes);
         },
         "address"_a, "nbytes"_a, "ask for huge pages, before the memory is used");
+    m.def(
+        "disk_roof",
+        [](std::vector<std::string> paths, uint64_t page_bytes, uint64_t chunk_bytes, int depth,
+           double seconds, uint64_t seed, bool io_uring, bool huge_pages) {
+            const DiskRoof roof = disk_roof({std::move(paths), page_bytes, chunk_bytes, depth,
+                                             seconds, seed, io_uring, huge_pages});
+            return std::make_tuple(roof.bytes, roof.seconds, roof.cpu_seconds);
+        },
+        "paths"_a, py::kw_only(), "page_bytes"_a, "chunk_bytes"_a, "depth"_a, "seconds"_a,
+        "seed"_a = 0, "io_uring"_a = false, "huge_pages"_a = true, ReleaseGil(),
+        "Read random pages with O_DIRECT and throw them away: (bytes, seconds, CPU seconds)");
     m.def("why_no_io_uring", &why_no_io_uring, "\"\" when io_uring works here, else why not");
 
     py::class_<PageSource, std::shared_ptr<PageSource>>(m, "PageSource");

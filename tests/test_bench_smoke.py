@@ -33,7 +33,7 @@ def test_quick_run_writes_every_target(tmp_path: Path) -> None:
     results = json.loads(output.read_text())
     assert results["tokens_equal_to_resident"] == 2 * 3 * 5  # prompts, contenders, tokens
     assert "bench/end_to_end.py --quick" in results["environment"]["command"]
-    assert len(results["targets"]) == 12
+    assert len(results["targets"]) == 15
     kept = {row["target"]: row["kept"] for row in results["targets"]}
     assert kept["100%: disk bytes in steady state"]
     rows = {row["contender"]: row for row in results["rows"]}
@@ -44,6 +44,27 @@ def test_quick_run_writes_every_target(tmp_path: Path) -> None:
     assert rows["moe_offload 100%"]["hit_percent"] == 100
     assert rows["moe_offload 25%"]["pages_per_token"] == 4  # 2 layers, top-2
     assert "Targets" in done.stdout
+
+
+def test_roofs_and_paging_write_every_row(tmp_path: Path) -> None:
+    (tmp_path / "pages.safetensors").write_bytes(bytes(range(256)) * 4096)
+    roofs, paging = tmp_path / "roofs.json", tmp_path / "paging.json"
+    for arguments in (
+        ["roofs.py", tmp_path, "--quick", "--output", roofs],
+        ["paging.py", "--quick", "--workdir", tmp_path, "--output", paging],
+    ):
+        command = [sys.executable, str(BENCH / arguments[0]), *map(str, arguments[1:])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "Invalid argument" in done.stderr and "disk_roof" in done.stderr:
+            pytest.skip("no O_DIRECT in the temporary directory")
+        assert done.returncode == 0, done.stderr
+    found = json.loads(roofs.read_text())
+    assert {row["huge_pages"] for row in found["disk"]} == {True, False}
+    assert all(row["gb_per_s"]["median"] > 0 for row in found["disk"])
+    assert [row["dtype"] for row in found["gemm"]] == ["bfloat16", "float16", "float32"]
+    found = json.loads(paging.read_text())
+    assert found["bytes_compared"] > 0
+    assert "threads" in {row["engine"] for row in found["rows"]}
 
 
 def test_wrong_tokens_print_no_time(report) -> None:
