@@ -97,11 +97,11 @@ std::shared_ptr<Pager> make_pager(std::shared_ptr<PageSource> source,
                                         " in layer " + std::to_string(layer));
         kept_pages.push_back(static_cast<PageIndex>(layer * stride + expert));
     }
-    if (kept_pages.size() < num_pages && kept_pages.size() + Pager::kMinSlots > num_slots)
-        throw std::invalid_argument(
-            "static policy: " + std::to_string(kept_pages.size()) +
-            " kept pages leave fewer than " + std::to_string(Pager::kMinSlots) + " of " +
-            std::to_string(num_slots) + " slots for the others. Keep fewer, or raise the budget.");
+    if (kept_pages.size() < num_pages && kept_pages.size() + kMinSlots > num_slots)
+        throw std::invalid_argument("static policy: " + std::to_string(kept_pages.size()) +
+                                    " kept pages leave fewer than " + std::to_string(kMinSlots) +
+                                    " of " + std::to_string(num_slots) +
+                                    " slots for the others. Keep fewer, or raise the budget.");
     PagerOptions options;
     options.num_experts = std::move(num_experts);
     options.layer_names = std::move(layer_names);
@@ -176,7 +176,7 @@ PYBIND11_MODULE(_core, m) {
         }
     });
 
-    m.attr("MIN_SLOTS") = Pager::kMinSlots;
+    m.attr("MIN_SLOTS") = kMinSlots;
     m.def("policy_names", &policy_names, "live_only"_a);
     m.def("build_info", [] {
         return py::dict("compiler"_a = __VERSION__, "cplusplus"_a = __cplusplus,

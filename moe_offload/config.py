@@ -78,7 +78,7 @@ class OffloadConfig:
     Attributes:
         device_budget: what experts may occupy on the compute device, see `parse_budget`.
         policy: which resident page leaves first: "lru" over all layers, "lru-per-layer", "lfu",
-            "static", "score", ...: a name in `moe_offload.policies.LIVE_POLICIES`.
+            "static", "score", "auto", ...: a name in `moe_offload.policies.LIVE_POLICIES`.
         predictor: what is fetched ahead of need: "none", "auto" (what the measurements in
             docs/predictors.md say pays, at present nothing), "previous", "lookahead",
             "lookahead-2", "lookahead-3", the folder of a trained predictor, or a `Predictor`.

@@ -57,6 +57,10 @@ POLICIES: dict[str, Policy] = {
         "ExpertFlow's PLEC 2410.17954",
         "predictions of the present pass; without them rates of use",
     ),
+    "learned": Policy(
+        "lowest forecast of its next use, learned from this model's own routing, with bypass",
+    ),
+    "auto": Policy("follows the best of learned, lru and lru-per-layer on the requests so far"),
     "belady": Policy("used farthest in the future", "Belady's MIN", "the future", live=False),
     "belady-bypass": Policy(
         "used farthest in the future, arriving pages included",

@@ -49,8 +49,7 @@ Pager::Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
     if (options_.num_slots < kMinSlots || options_.slots == nullptr)
         throw std::invalid_argument("Pager: expected at least " + std::to_string(kMinSlots) +
                                     " slots, got " + std::to_string(options_.num_slots));
-    if (admit_limit_ == 0)
-        admit_limit_ = std::max((options_.num_slots + num_layers - 1) / num_layers, kMinSlots);
+    if (admit_limit_ == 0) admit_limit_ = default_admit_limit(options_.num_slots, num_layers);
 }
 
 Pager::~Pager() { close(); }

@@ -40,7 +40,7 @@ struct PagerOptions {
     std::byte* slots = nullptr;            // [num_slots * slot_stride], outlives the pager
     size_t num_slots = 0;                  // >= kMinSlots
     size_t slot_stride = 0;
-    size_t admit_limit = 0;  // misses of one ticket that may stay; 0 = ceil(num_slots / num_layers)
+    size_t admit_limit = 0;  // misses of one ticket that may stay; 0: default_admit_limit
     int64_t wait_timeout_ns = 120'000'000'000;
 };
 
@@ -62,9 +62,6 @@ struct Load {
 
 class Pager : public std::enable_shared_from_this<Pager> {
   public:
-    // One page can be computed while the next arrives.
-    static constexpr size_t kMinSlots = 2;
-
     // Throws std::invalid_argument for sizes that do not fit together.
     Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
           std::unique_ptr<CopyEngine> engine);

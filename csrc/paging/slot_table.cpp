@@ -4,13 +4,9 @@
 #include <utility>
 
 namespace moe_offload {
-namespace {
-
-// Misses that stay whatever the policy says. One slot would do; but a stream through one slot
-// copies and computes in turn, so from four misses on two are used.
-size_t smallest_share(size_t num_misses) { return num_misses < 4 ? 1 : 2; }
-
-}  // namespace
+size_t default_admit_limit(size_t num_slots, size_t num_layers) {
+    return std::max((num_slots + num_layers - 1) / num_layers, kMinSlots);
+}
 
 SlotTable::SlotTable(size_t num_pages, size_t num_slots, std::unique_ptr<EvictionPolicy> policy)
     : slot_of_(num_pages, kNoSlot),
@@ -53,7 +49,7 @@ const std::vector<SlotTable::Admitted>& SlotTable::admit(const LayerRequest& req
     const size_t count = order_.size();
     limit = chooses ? count : std::min(limit, count);
     bool from_hits = policy_->evicts_hits();
-    const size_t share = chooses ? smallest_share(count) : limit;
+    const size_t share = chooses ? policy_->smallest_share(count) : limit;
     for (size_t k = 0; k < limit; ++k) {
         // A policy that chooses stops at the first that is not worth it: most valuable first.
         const int32_t item = order_[chooses ? count - 1 - k : count - limit + k].second;

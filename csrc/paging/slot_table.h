@@ -15,6 +15,11 @@ namespace moe_offload {
 
 using SlotIndex = int32_t;
 constexpr SlotIndex kNoSlot = -1;
+constexpr size_t kMinSlots = 2;  // one page can be computed while the next arrives
+
+// Misses of one request that may stay when the policy leaves it to us: a layer's even share of the
+// slots, so that a prompt that touches every expert of a layer cannot empty the others' cache.
+size_t default_admit_limit(size_t num_slots, size_t num_layers);
 
 class SlotTable {
   public:

@@ -4,6 +4,8 @@
 
 #include "belady.h"
 #include "forecast.h"
+#include "leader.h"
+#include "learned.h"
 #include "lfu.h"
 #include "lru.h"
 #include "per_layer.h"
@@ -238,7 +240,8 @@ int32_t PolicySetting::experts_per_layer() const {
 std::vector<std::string> policy_names(bool live_only) {
     std::vector<std::string> names{"lru",    "lru-per-layer", "lfu",        "lfu-per-layer",
                                    "static", "least-stale",   "layer-ring", "activation-ratio",
-                                   "score",  "forecast",      "predictive"};
+                                   "score",  "forecast",      "predictive", "learned",
+                                   "auto"};
     if (!live_only) names.insert(names.end(), {"belady", "belady-bypass"});
     return names;
 }
@@ -261,6 +264,8 @@ std::unique_ptr<EvictionPolicy> make_policy(const std::string& name, const Polic
     if (name == "score") return std::make_unique<Score>(setting);
     if (name == "forecast") return std::make_unique<Forecast>(setting, 8, false);
     if (name == "predictive") return std::make_unique<Forecast>(setting, 1, true);
+    if (name == "learned") return std::make_unique<Learned>(setting);
+    if (name == "auto") return std::make_unique<Leader>(setting);
     if (name == "belady") return std::make_unique<Belady>(setting, false);
     if (name == "belady-bypass") return std::make_unique<Belady>(setting, true);
     std::string known;

@@ -65,8 +65,11 @@ class EvictionPolicy {
     // True when the policy decides how many misses stay (`admits`), false for the pager's limit.
     virtual bool chooses() const { return false; }
     // Is the incoming page worth more than the victim? Asked when `chooses`; of every request at
-    // least one miss stays, because bytes cannot arrive without a slot.
+    // least smallest_share misses stay, because bytes cannot arrive without a slot.
     virtual bool admits(PageIndex, PageIndex) const { return true; }
+    // One slot would do; but a stream through one slot copies and computes in turn, so from four
+    // misses on two are used.
+    virtual size_t smallest_share(size_t num_misses) const { return num_misses < 4 ? 1 : 2; }
     // May pages of the very request be victims, once they have been used?
     virtual bool evicts_hits() const { return false; }
     // Does `request` read router weights? Callers need not gather them otherwise.

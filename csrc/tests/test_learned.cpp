@@ -1,0 +1,235 @@
+// The path memory and the forecast against slow definitions; `learned` and `auto` as caches.
+#include <algorithm>
+#include <bit>
+#include <map>
+#include <random>
+#include <set>
+
+#include "check.h"
+#include "paging/policies/leader.h"
+#include "paging/policies/learned.h"
+#include "paging/policies/path_memory.h"
+#include "paging/slot_table.h"
+
+using namespace moe_offload;
+
+namespace {
+
+using Pass = std::vector<std::vector<PageIndex>>;  // [layers] experts, numbered from 0
+
+PolicySetting setting_of(int32_t layers, int32_t experts, size_t slots) {
+    PolicySetting setting;
+    setting.num_experts.assign(size_t(layers), experts);
+    setting.num_slots = slots;
+    return setting;
+}
+
+std::vector<PageIndex> draw(std::mt19937& random, PageIndex experts, size_t count) {
+    std::set<PageIndex> drawn;
+    while (drawn.size() < count) drawn.insert(PageIndex(random() % experts));
+    return {drawn.begin(), drawn.end()};
+}
+
+size_t shared(const std::vector<PageIndex>& a, const std::vector<PageIndex>& b) {
+    return size_t(std::count_if(a.begin(), a.end(), [&](PageIndex page) {
+        return std::find(b.begin(), b.end(), page) != b.end();
+    }));
+}
+
+// Similarity by its definition, recomputed from all passes, with more passes than the ring holds.
+void path_memory_agrees_with_its_definition() {
+    constexpr size_t kLayers = 3, kExperts = 70, kCapacity = 16;  // two words per layer
+    PathMemory memory(kLayers, kExperts, kCapacity);
+    std::mt19937 random(1);
+    std::vector<Pass> passes;
+    std::vector<std::vector<uint32_t>> similarity;  // [pass][earlier pass]
+    for (size_t t = 0; t < 60; ++t) {
+        memory.begin_pass();
+        passes.emplace_back(kLayers);
+        std::vector<uint32_t> row(t, 0);
+        for (size_t s = 0; s < t; ++s)
+            if (s > 0 && t > 0 && s <= t - 1 && s - 1 < similarity[t - 1].size())
+                row[s] = similarity[t - 1][s - 1] * PathMemory::kFade / 256;
+        for (size_t layer = 0; layer < kLayers; ++layer) {
+            if (t % 7 == 3 && layer == 1) continue;  // a pass may leave a layer out
+            passes[t][layer] = draw(random, kExperts, 20);
+            memory.observe(layer, passes[t][layer]);
+            for (size_t s = 0; s < t; ++s)
+                row[s] += PathMemory::kUnit * uint32_t(shared(passes[t][layer], passes[s][layer]));
+            const auto nearest = memory.nearest(5);
+            const size_t stored = std::min(t, kCapacity - 1);
+            std::vector<uint32_t> expected(row.end() - long(stored), row.end());
+            std::sort(expected.rbegin(), expected.rend());
+            expected.erase(std::remove(expected.begin(), expected.end(), 0u), expected.end());
+            CHECK_EQ(nearest.size(), std::min<size_t>(5, expected.size()));
+            for (size_t i = 0; i < nearest.size(); ++i) {
+                CHECK_EQ(nearest[i].similarity, expected[i]);
+                CHECK_EQ(nearest[i].similarity, row[t - nearest[i].age]);
+            }
+        }
+        similarity.push_back(row);
+        CHECK_EQ(memory.known(), std::min(t + 1, kCapacity));
+        for (size_t age = 0; age < memory.known(); ++age)
+            for (size_t layer = 0; layer < kLayers; ++layer) {
+                size_t bits = 0;
+                for (size_t word = 0; word < memory.words(); ++word)
+                    bits += size_t(std::popcount(memory.experts(age, layer, word)));
+                CHECK_EQ(bits, passes[t - age][layer].size());
+                for (const PageIndex expert : passes[t - age][layer])
+                    CHECK((memory.experts(age, layer, expert / 64) >> (expert % 64)) & 1);
+            }
+    }
+}
+
+// A request served as the pager does; returns its misses.
+size_t serve(SlotTable& table, int32_t layer, const std::vector<PageIndex>& pages, size_t limit) {
+    LayerRequest request{layer, pages, {}, 1, 0};
+    table.begin_request(request);
+    std::vector<int32_t> misses;
+    std::vector<SlotIndex> pinned;
+    for (size_t i = 0; i < pages.size(); ++i) {
+        const SlotIndex slot = table.slot_of(pages[i]);
+        if (slot == kNoSlot) {
+            misses.push_back(int32_t(i));
+            continue;
+        }
+        table.pin(slot);
+        table.touch(pages[i]);
+        pinned.push_back(slot);
+    }
+    if (!misses.empty())
+        for (const auto& admitted : table.admit(request, misses, limit, {}))
+            pinned.push_back(admitted.slot);
+    for (const SlotIndex slot : pinned) table.unpin(slot);
+    return misses.size();
+}
+
+struct Trace {
+    int32_t layers, experts;
+    std::vector<Pass> passes;
+};
+
+// Misses of each pass.
+std::vector<size_t> replay(const Trace& trace, const std::string& policy, size_t slots) {
+    const PolicySetting setting = setting_of(trace.layers, trace.experts, slots);
+    SlotTable table(setting.num_pages(), slots, make_policy(policy, setting));
+    std::vector<size_t> misses;
+    for (const Pass& pass : trace.passes) {
+        misses.push_back(0);
+        for (int32_t layer = 0; layer < trace.layers; ++layer) {
+            std::vector<PageIndex> pages = pass[size_t(layer)];
+            for (PageIndex& page : pages) page += PageIndex(layer * trace.experts);
+            misses.back() +=
+                serve(table, layer, pages, default_admit_limit(slots, size_t(trace.layers)));
+        }
+    }
+    return misses;
+}
+
+size_t total(const std::vector<size_t>& misses, size_t from = 0) {
+    size_t sum = 0;
+    for (size_t i = from; i < misses.size(); ++i) sum += misses[i];
+    return sum;
+}
+
+// "Words" with fixed routing come in random "sentences" that repeat.
+Trace text(uint32_t seed, size_t num_passes, size_t per_layer = 2) {
+    std::mt19937 random(seed);
+    Trace trace{4, 16, {}};
+    std::vector<Pass> words(24);
+    for (Pass& word : words)
+        for (int32_t layer = 0; layer < trace.layers; ++layer)
+            word.push_back(draw(random, PageIndex(trace.experts), per_layer));
+    std::vector<std::vector<size_t>> sentences(6);
+    for (auto& sentence : sentences)
+        for (int i = 0; i < 12; ++i) sentence.push_back(random() % words.size());
+    while (trace.passes.size() < num_passes)
+        for (const size_t word : sentences[random() % sentences.size()])
+            trace.passes.push_back(words[word]);
+    trace.passes.resize(num_passes);
+    return trace;
+}
+
+Trace noise(uint32_t seed, size_t num_passes, size_t per_layer) {
+    std::mt19937 random(seed);
+    Trace trace{4, 16, std::vector<Pass>(num_passes)};
+    for (Pass& pass : trace.passes)
+        for (int32_t layer = 0; layer < trace.layers; ++layer)
+            pass.push_back(draw(random, PageIndex(trace.experts), per_layer));
+    return trace;
+}
+
+void learned_recognises_repeated_text() {
+    const Trace trace = text(5, 600);
+    const size_t lru = std::min(total(replay(trace, "lru", 16), 300),
+                                total(replay(trace, "lru-per-layer", 16), 300));
+    const size_t learned = total(replay(trace, "learned", 16), 300);
+    // Six sentences of twelve words: the next words are known, all but at a sentence's end.
+    CHECK(learned * 10 < lru * 8);
+    CHECK(total(replay(trace, "auto", 16), 300) * 10 < lru * 8);
+}
+
+// Also when nothing can be learned, when requests stream, and at the first passes.
+void auto_is_not_worse_than_lru() {
+    for (const size_t slots : {8u, 16u, 32u, 48u})
+        for (const size_t per_layer : {1u, 2u, 8u, 15u}) {
+            for (const Trace& trace :
+                 {noise(7, 400, per_layer), text(9, 400, std::min<size_t>(per_layer, 8))}) {
+                const auto lru = replay(trace, "lru", slots);
+                const auto layered = replay(trace, "lru-per-layer", slots);
+                const auto best = std::min(total(lru), total(layered));
+                // Three standard deviations of a count, which is what choosing by counts can cost.
+                CHECK(double(total(replay(trace, "auto", slots))) <=
+                      double(best) + 3.0 * std::sqrt(double(best)) + 8.0);
+            }
+        }
+}
+
+void the_same_requests_bring_the_same_decisions() {
+    const Trace trace = text(11, 200);
+    for (const char* policy : {"learned", "auto"})
+        CHECK(replay(trace, policy, 20) == replay(trace, policy, 20));
+}
+
+void a_prompt_that_uses_every_expert_teaches_nothing() {
+    const PolicySetting setting = setting_of(1, 8, 4);
+    Learned policy(setting);
+    std::vector<PageIndex> all(8);
+    for (PageIndex page = 0; page < 8; ++page) all[page] = page;
+    const std::vector<PageIndex> one{3};
+    for (uint64_t step = 1; step < 40; ++step) policy.request({0, one, {}, 1, step});
+    std::vector<double> before;
+    for (const PageIndex page : all) before.push_back(policy.worth(page));
+    CHECK(before[3] > 0.9);
+    CHECK_EQ(std::max_element(before.begin(), before.end()) - before.begin(), 3);
+    policy.request({0, all, {}, 100, 40});
+    for (const PageIndex page : all) CHECK_EQ(policy.worth(page), before[page]);
+}
+
+void auto_begins_as_an_lru_and_hands_over() {
+    const Trace trace = text(13, 400);
+    const PolicySetting setting = setting_of(trace.layers, trace.experts, 16);
+    Leader leader(setting);
+    CHECK_EQ(leader.leading(), std::string("lru-per-layer"));
+    uint64_t step = 0;
+    for (const Pass& pass : trace.passes) {
+        ++step;
+        for (int32_t layer = 0; layer < trace.layers; ++layer) {
+            std::vector<PageIndex> pages = pass[size_t(layer)];
+            for (PageIndex& page : pages) page += PageIndex(layer * trace.experts);
+            leader.request({layer, pages, {}, 1, step});
+        }
+    }
+    CHECK_EQ(leader.leading(), std::string("learned"));
+}
+
+}  // namespace
+
+int main() {
+    RUN(path_memory_agrees_with_its_definition);
+    RUN(learned_recognises_repeated_text);
+    RUN(auto_is_not_worse_than_lru);
+    RUN(the_same_requests_bring_the_same_decisions);
+    RUN(a_prompt_that_uses_every_expert_teaches_nothing);
+    RUN(auto_begins_as_an_lru_and_hands_over);
+}
