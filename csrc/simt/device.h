@@ -47,6 +47,12 @@ SIMT_FUNCTION float to_float(f16 value) {
 }
 
 SIMT_FUNCTION float fast_exp(float x) { return __expf(x); }
+// Off by one unit in the last place; 0 for infinity.
+SIMT_FUNCTION float reciprocal(float x) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
 
 template <class T>
 SIMT_FUNCTION void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

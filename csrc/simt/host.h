@@ -139,6 +139,7 @@ inline float to_float(bf16 value) { return detail::widen_bf16(value.bits); }
 inline float to_float(f16 value) { return detail::widen_f16(value.bits); }
 
 inline float fast_exp(float x) { return std::exp(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -102,6 +102,12 @@ PYBIND11_MODULE(_cuda, m) {
         },
         "params"_a, "block_m"_a, "stream"_a);
     m.def(
+        "launch_prefill_sm90",
+        [](const ExpertParams& p, int64_t num_slots, int block_m, uintptr_t stream) {
+            launch_prefill_sm90(p, num_slots, block_m, stream_of(stream));
+        },
+        "params"_a, "num_slots"_a, "block_m"_a, "stream"_a);
+    m.def(
         "launch_combine",
         [](const ExpertParams& p, uintptr_t stream) { launch_combine(p, stream_of(stream)); },
         "params"_a, "stream"_a);

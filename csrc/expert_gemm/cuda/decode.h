@@ -155,6 +155,7 @@ SIMT_FUNCTION void decode_up(const ExpertParams& p, int num_warps, unsigned char
     const int first_feature = simt::block_x() * tile_features;
     const int last_feature = p.inner_size - 1;
     const GateUpRows gate_up = GateUpRows::make(p.inner_size, p.interleaved);
+    const ActivationForm form = activation_form(p);
     const int g = simt::lane_id() / 4, warp = simt::warp_id();
     const T* rows[4];
     SIMT_UNROLL for (int i = 0; i < 4; ++i) {
@@ -190,11 +191,11 @@ SIMT_FUNCTION void decode_up(const ExpertParams& p, int num_warps, unsigned char
                 float up = sum_of_warps<kTokenGroups>(shared, num_warps, 1, n, token);
                 gate += bias_at<T>(page, p.pages.up_bias_offset, gate_up.gate(feature));
                 up += bias_at<T>(page, p.pages.up_bias_offset, gate_up.up(feature));
-                value = gate_and_up(p, gate, up);
+                value = gate_and_up(form, gate, up);
             } else {
                 value = sum_of_warps<kTokenGroups>(shared, num_warps, n / 16, n % 16, token);
                 value += bias_at<T>(page, p.pages.up_bias_offset, feature);
-                value = activate(p.activation, value);
+                value = activate(form, value);
             }
             static_cast<T*>(p.inner)[int64_t(row) * p.inner_size + feature] =
                 simt::from_float<T>(value);

@@ -16,8 +16,9 @@
 // epilogue stores.
 #pragma once
 
-#include "expert_gemm/cuda/activation.h"
+#include "expert_gemm/cuda/epilogue.h"
 #include "expert_gemm/cuda/params.h"
+#include "expert_gemm/cuda/present_groups.h"
 #include "simt/simt.h"
 
 namespace moe_offload::cuda {
@@ -38,30 +39,33 @@ TILE_FUNCTION int prefill_feature_tiles(const ExpertParams& p, bool down) {
     return ceil_div(p.inner_size, p.gated ? kPrefillBlockN / 2 : kPrefillBlockN);
 }
 
-// What a tile multiplies: the same loop serves both projections.
-template <class T>
+// What a tile multiplies: the same loop serves both projections. This thread's rows are offsets in
+// units of 16 bytes, half the registers of pointers.
 struct PrefillOperands {
-    // This thread's rows of the tile: where they start, null where there is none.
-    const T* tokens[2];
-    const T* weights[2];
+    const unsigned char* tokens;
+    const unsigned char* weights;
+    uint32_t token_rows[2];  // kNoRow: none
+    uint32_t weight_rows[2];
     int k_size;
 };
 
 // Copies by this thread of one stage: rows thread / 4 + 64 i, chunk thread % 4 of each operand.
-template <class T, int kBlockM>
-SIMT_FUNCTION void load_stage(const PrefillOperands<T>& from, int k, unsigned char* stage) {
+template <int kBlockM>
+SIMT_FUNCTION void load_stage(const PrefillOperands& from, int k, unsigned char* stage) {
     const int row = simt::thread_id() / 4, chunk = simt::thread_id() % 4;
-    const int at = k + chunk * 8;
+    const int at = k / 8 + chunk;
+    const bool inside = at * 8 < from.k_size;
     SIMT_UNROLL for (int i = 0; i < kBlockM / 64; ++i) {
-        const bool inside = from.tokens[i] != nullptr && at < from.k_size;
-        simt::cp_async(stage + swizzle64(row + 64 * i, chunk),
-                       inside ? from.tokens[i] + at : from.weights[0], inside ? 16 : 0);
+        const bool present = inside && from.token_rows[i] != kNoRow;
+        const uint64_t offset = present ? uint64_t(from.token_rows[i] + at) * 16 : 0;
+        simt::cp_async(stage + swizzle64(row + 64 * i, chunk), from.tokens + offset,
+                       present ? 16 : 0);
     }
     unsigned char* weights = stage + kBlockM * kPrefillRowBytes;
     SIMT_UNROLL for (int i = 0; i < kPrefillBlockN / 64; ++i) {
-        const bool inside = at < from.k_size;
-        simt::cp_async(weights + swizzle64(row + 64 * i, chunk),
-                       inside ? from.weights[i] + at : from.weights[i], inside ? 16 : 0);
+        const uint64_t offset = inside ? uint64_t(from.weight_rows[i] + at) * 16 : 0;
+        simt::cp_async(weights + swizzle64(row + 64 * i, chunk), from.weights + offset,
+                       inside ? 16 : 0);
     }
 }
 
@@ -97,13 +101,12 @@ struct PrefillWarp {
 
 // The whole product of one tile. Every thread of the block calls it.
 template <class T, int kBlockM, int kStages>
-SIMT_FUNCTION void multiply_tile(const PrefillOperands<T>& operands, PrefillWarp<T, kBlockM>& warp,
+SIMT_FUNCTION void multiply_tile(const PrefillOperands& operands, PrefillWarp<T, kBlockM>& warp,
                                  unsigned char* shared) {
     constexpr int kStageBytes = prefill_stage_bytes(kBlockM);
     const int steps = ceil_div(operands.k_size, kPrefillBlockK);
     SIMT_UNROLL for (int s = 0; s < kStages - 1; ++s) {
-        if (s < steps)
-            load_stage<T, kBlockM>(operands, s * kPrefillBlockK, shared + s * kStageBytes);
+        if (s < steps) load_stage<kBlockM>(operands, s * kPrefillBlockK, shared + s * kStageBytes);
         simt::cp_async_commit();  // also when empty: the count of groups is the count of steps
     }
     int reading = 0, writing = kStages - 1;
@@ -112,8 +115,7 @@ SIMT_FUNCTION void multiply_tile(const PrefillOperands<T>& operands, PrefillWarp
         simt::block_sync();  // this stage has landed for all; all are done with the one before
         const int ahead = step + kStages - 1;
         if (ahead < steps)
-            load_stage<T, kBlockM>(operands, ahead * kPrefillBlockK,
-                                   shared + writing * kStageBytes);
+            load_stage<kBlockM>(operands, ahead * kPrefillBlockK, shared + writing * kStageBytes);
         simt::cp_async_commit();
         warp.multiply(shared + reading * kStageBytes);
         reading = reading + 1 == kStages ? 0 : reading + 1;
@@ -122,16 +124,6 @@ SIMT_FUNCTION void multiply_tile(const PrefillOperands<T>& operands, PrefillWarp
     simt::cp_async_wait<0>();
     simt::block_sync();  // the next tile's copies overwrite these stages
 }
-
-// The groups of a launch with their pages looked up, for the tile walker.
-struct PresentGroups {
-    const ExpertParams& p;
-    TILE_FUNCTION Group group(int index) const {
-        Group group = p.group(index);
-        group.page = p.pages.page_of(group);
-        return group;
-    }
-};
 
 // Up and activation into `inner` [R, F], or (kDown) down into `partial` [R, H], both of T.
 template <class T, int kBlockM, int kStages, bool kDown>
@@ -143,8 +135,6 @@ SIMT_FUNCTION void prefill(const ExpertParams& p, unsigned char* shared) {
     const int num_features = kDown ? p.hidden : p.inner_size;
     const int tile_features = gated ? kPrefillBlockN / 2 : kPrefillBlockN;
     const GateUpRows gate_up = GateUpRows::make(p.inner_size, p.interleaved);
-    const int64_t weights_offset = kDown ? p.pages.down_offset : p.pages.up_offset;
-    const int64_t bias_offset = kDown ? p.pages.down_bias_offset : p.pages.up_bias_offset;
     T* out = static_cast<T*>(kDown ? p.partial : p.inner);
 
     SIMT_NO_UNROLL for (int64_t index = simt::block_x();; index += simt::grid_x()) {
@@ -152,65 +142,44 @@ SIMT_FUNCTION void prefill(const ExpertParams& p, unsigned char* shared) {
         if (tile.group < 0) return;
         const Group group = groups.group(tile.group);
         const unsigned char* page = p.pages.address(group.page);
-        const T* weights = reinterpret_cast<const T*>(page + weights_offset);
         const int first_row = group.first_row + tile.row_tile * kBlockM;
         const int first_feature = tile.feature_tile * tile_features;
 
-        PrefillOperands<T> operands;
+        PrefillOperands operands;
+        operands.tokens = static_cast<const unsigned char*>(kDown ? p.inner : p.x);
+        operands.weights = page + (kDown ? p.pages.down_offset : p.pages.up_offset);
         operands.k_size = kDown ? p.inner_size : p.hidden;
+        const uint32_t row_units = operands.k_size / 8;
         SIMT_UNROLL for (int i = 0; i < 2; ++i) {
             const int local = simt::thread_id() / 4 + 64 * i;
             const int row = first_row + local;
-            operands.tokens[i] = nullptr;
+            operands.token_rows[i] = kNoRow;
             if (local < kBlockM && row < group.end_row)
-                operands.tokens[i] =
-                    kDown ? static_cast<const T*>(p.inner) + int64_t(row) * p.inner_size
-                          : static_cast<const T*>(p.x) +
-                                int64_t(p.route_of_row[row] / p.top_k) * p.hidden;
+                operands.token_rows[i] =
+                    uint32_t(kDown ? row : p.route_of_row[row] / p.top_k) * row_units;
             int feature = first_feature + (gated ? gated_feature(local) : local);
             feature = feature < num_features ? feature : num_features - 1;  // not stored
             const int weight_row = !gated               ? feature
                                    : gated_is_up(local) ? gate_up.up(feature)
                                                         : gate_up.gate(feature);
-            operands.weights[i] = weights + int64_t(weight_row) * operands.k_size;
+            operands.weight_rows[i] = weight_row * row_units;
         }
         PrefillWarp<T, kBlockM> warp;
         multiply_tile<T, kBlockM, kStages>(operands, warp, shared);
 
         const int g = simt::lane_id() / 4, t2 = simt::lane_id() % 4 * 2;
-        SIMT_UNROLL for (int i = 0; i < warp.kRowBlocks; ++i)
-            SIMT_UNROLL for (int half = 0; half < 2; ++half) {
-            const int row = first_row + warp.first_row() + i * 16 + half * 8 + g;
-            if (row >= group.end_row) continue;
-            T* out_row = out + int64_t(row) * num_features;
-            if (gated) {
-                SIMT_UNROLL for (int j = 0; j < 4; j += 2) {
-                    const int feature =
-                        first_feature + gated_feature(warp.first_weight() + j * 8) + t2;
-                    if (feature >= num_features) continue;
-                    float value[2];
-                    SIMT_UNROLL for (int c = 0; c < 2; ++c) value[c] =
-                        gate_and_up(p,
-                                    warp.acc[i][j][half * 2 + c] +
-                                        bias_at<T>(page, bias_offset, gate_up.gate(feature + c)),
-                                    warp.acc[i][j + 1][half * 2 + c] +
-                                        bias_at<T>(page, bias_offset, gate_up.up(feature + c)));
-                    simt::store4(out_row + feature, simt::pack<T>(value[0], value[1]));
-                }
-            } else {
-                SIMT_UNROLL for (int j = 0; j < 4; ++j) {
-                    const int feature = first_feature + warp.first_weight() + j * 8 + t2;
-                    if (feature >= num_features) continue;
-                    float value[2];
-                    SIMT_UNROLL for (int c = 0; c < 2; ++c) {
-                        value[c] = warp.acc[i][j][half * 2 + c] +
-                                   bias_at<T>(page, bias_offset, feature + c);
-                        if (!kDown) value[c] = activate(p.activation, value[c]);
-                    }
-                    simt::store4(out_row + feature, simt::pack<T>(value[0], value[1]));
-                }
+        const ActivationForm form = activation_form(p);
+        with_smooth<kDown>(form, [&](auto smooth) {
+            SIMT_UNROLL for (int i = 0; i < warp.kRowBlocks; ++i)
+                SIMT_UNROLL for (int half = 0; half < 2; ++half) {
+                const int row = first_row + warp.first_row() + i * 16 + half * 8 + g;
+                if (row >= group.end_row) continue;
+                store_row<T, 4, kDown, decltype(smooth)::value>(
+                    p, form, page, out + int64_t(row) * num_features, first_feature,
+                    warp.first_weight(), t2,
+                    [&](int j, int c) -> float& { return warp.acc[i][j][half * 2 + c]; });
             }
-        }
+        });
     }
 }
 
