@@ -105,7 +105,21 @@ class Contender:
         """Greedy tokens after `prompt`, with the time of each forward and what it moved.
 
         With `drop_cache` the page cache of the model's files is dropped before each forward.
+
+        The resident model, which is timed as transformers ships it, afterwards also answers with
+        `same_kernel_tokens`: its experts computed by the kernels the slots use, untimed. Two
+        correct kernels round differently, and random weights turn that into other tokens.
         """
+        answer = self._generate(prompt, new_tokens, drop_cache)
+        if self.budget is None and self.offload_folder is None:
+            importlib.import_module("moe_offload.huggingface")  # registers the implementation
+            before = self.model.config._experts_implementation
+            self.model.set_experts_implementation("moe_offload")
+            answer["same_kernel_tokens"] = self._generate(prompt, new_tokens, False)["tokens"]
+            self.model.set_experts_implementation(before)
+        return answer
+
+    def _generate(self, prompt: list[int], new_tokens: int, drop_cache: bool) -> Row:
         torch = self.torch
         tokens: list[int] = []
         seconds: list[float] = []

@@ -163,6 +163,8 @@ void raise_python(const char* name, const char* message) {
 
 }  // namespace
 
+void bind_expert_ffn(py::module_& m);  // expert_ffn_bindings.cpp
+
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Paging core of moe_offload: experts to slots. Addresses are integers (data_ptr()).";
 
@@ -176,6 +178,7 @@ PYBIND11_MODULE(_core, m) {
         }
     });
 
+    bind_expert_ffn(m);
     m.attr("MIN_SLOTS") = kMinSlots;
     m.def("policy_names", &policy_names, "live_only"_a);
     m.def("build_info", [] {

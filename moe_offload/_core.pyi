@@ -108,3 +108,54 @@ class Pager:
         fail_probability: float = 0.0,
         evict_probability: float = 0.0,
     ) -> None: ...
+
+View = tuple[int, int, int]  # address of slot 0, bytes to the next slot, bytes to the next row
+
+def cpu_isas(dtype: str) -> list[str]: ...
+
+class FfnWeights:
+    def __init__(
+        self,
+        up: View,
+        down: View,
+        gate: View | None = None,
+        up_bias: View | None = None,
+        down_bias: View | None = None,
+        gate_bias: View | None = None,
+    ) -> None: ...
+
+class FfnRun:
+    @property
+    def experts(self) -> list[int]: ...
+    def compute(self, weights: FfnWeights, ready: Sequence[tuple[int, int]]) -> None: ...
+    def compute_all(self, weights: FfnWeights) -> None: ...
+    def finish(self, out: int) -> None: ...
+
+class ExpertFfn:
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        inner: int,
+        num_experts: int,
+        dtype: str,
+        activation: str,
+        gated: bool,
+        alpha: float = 1.0,
+        limit: float = 0.0,
+        offset: float = 0.0,
+        isa: str = "auto",
+    ) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    def start(
+        self,
+        hidden: int,
+        topk_ids: int,
+        ids_are_int64: bool,
+        topk_weights: int,
+        weights_dtype: str,
+        num_tokens: int,
+        top_k: int,
+        num_threads: int,
+    ) -> FfnRun: ...

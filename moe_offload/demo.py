@@ -1,6 +1,6 @@
 """`moe-offload demo`: the packaged model writes at several budgets, and every run is checked.
 
-Plain transformers with everything resident goes first and is the reference. Then the same prompts
+transformers with everything resident goes first and is the reference. Then the same prompts
 at budgets from two experts in memory to all of them; tokens must be identical. Sampling is on,
 with fixed seeds: bit-equal logits draw equal tokens, so this checks more than greedy text would.
 Speeds are from this one run on this machine; bench/ has the measurements.
@@ -111,14 +111,13 @@ def _one_per_domain(prompts: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _resident_run(path: str, tokenizer: Any, inputs: list[Any]) -> tuple[list[Completion], Row]:
-    """Plain transformers. grouped_mm is named because it is what the slots are computed with."""
+    """transformers, everything resident, its experts computed by the kernel the slots use."""
     from transformers import AutoModelForCausalLM
 
     from moe_offload.huggingface.adapters import find_expert_layers
+    from moe_offload.huggingface.experts import NAME
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", experts_implementation="grouped_mm"
-    )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation=NAME)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()  # to aligned memory; see verification.py for why
     expert_bytes = sum(

@@ -90,6 +90,7 @@ def _package() -> dict[str, Any]:
     }
     if core_error is None:
         found["expert_backends"] = importlib.import_module("moe_offload.backends").describe()
+        found["cpu_isas"] = importlib.import_module("moe_offload._core").cpu_isas("bfloat16")
         found["core"] = dict(importlib.import_module("moe_offload._core").build_info())
     return found
 
@@ -245,6 +246,7 @@ def render(report: dict[str, Any]) -> str:
         ("moe_offload", f"{package.get('version')} in {package.get('folder')}"),
         ("pager (_core)", _built(core) if core else f"NOT BUILT: {package.get('core_error')}"),
         ("expert backends", _backends_text(package.get("expert_backends", {}))),
+        ("native kernels (bf16)", ", ".join(package.get("cpu_isas", [])) or "none"),
         ("CUDA kernels", "built" if package.get("cuda_kernels") else "not in this version"),
         ("tiny model", "present" if package.get("tiny_model") else "absent"),
         ("python", f"{report['python'].get('version')}, {report['python'].get('platform')}"),
@@ -263,7 +265,7 @@ def render(report: dict[str, Any]) -> str:
     uring, huge = report["io_uring"], report["huge_pages"]
     rows.append(("io_uring", uring.get("error") or uring["fallback"] or "yes"))
     rows.append(("huge pages", huge.get("error") or huge["setting"]))
-    lines = [f"{name:<20}{text}" for name, text in rows]
+    lines = [f"{name:<22}{text}" for name, text in rows]
     lines.append("")
     for entry in report["missing"]:
         kind = "needed" if entry["needed"] else "optional"

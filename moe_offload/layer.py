@@ -54,29 +54,38 @@ def run_experts(
         raise StateError(
             f"{handle.name}: offloaded experts are for inference; call model.eval() first"
         )
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-        args = (hidden_states, top_k_weights, handle, top_k_index)
-        out: Tensor = _InferenceOnly.apply(*args)
+    return inference_only(
+        lambda: _run(handle, hidden_states, top_k_index, top_k_weights),
+        handle.name,
+        hidden_states,
+        top_k_weights,
+    )
+
+
+def inference_only(
+    compute: Callable[[], Tensor], name: str, hidden: Tensor, weights: Tensor
+) -> Tensor:
+    """Let a forward with gradients enabled through; a backward, which would be wrong, raises."""
+    if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+        out: Tensor = _InferenceOnly.apply(hidden, weights, name, compute)
         return out
     with torch.no_grad():
-        return _run(handle, hidden_states, top_k_index, top_k_weights)
+        return compute()
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """Lets a forward with gradients enabled through; a backward would be silently wrong."""
-
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weights: Tensor, handle: PagedLayer, index: Tensor
+        ctx: Any, hidden: Tensor, weights: Tensor, name: str, compute: Callable[[], Tensor]
     ) -> Tensor:
-        ctx.layer_name = handle.name
-        return _run(handle, hidden, index, weights)
+        ctx.layer_name = name
+        return compute()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise StateError(
-            f"{ctx.layer_name}: no gradient flows through offloaded experts. Wrap the call in "
-            "torch.no_grad(), or restore() the model to train it."
+            f"{ctx.layer_name}: no gradient flows through these experts. Wrap the call in "
+            "torch.no_grad(); to train, restore() the model or use another implementation."
         )
 
 

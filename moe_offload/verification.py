@@ -1,10 +1,11 @@
 """verify: is the offloaded model the resident model? Tokens and logits, under hostile timing.
 
-The reference is transformers itself on resident weights (grouped_mm, the arithmetic the slots
-use). Timing is what paging could get wrong, so the offloaded side runs with copies delayed and
-reordered and pages dropped at random, at its present budget and at the smallest there is. Weights
-of a reference loaded from files are moved to aligned memory first: transformers maps files, and
-CPU matrix kernels sum in another order on weights that start at an odd multiple of 8 bytes.
+The reference is transformers on resident weights, its experts computed by the kernels that the
+slots use (experts_implementation "moe_offload", or "grouped_mm" where that was configured). Timing
+is what paging could get wrong, so the offloaded side runs with copies delayed and reordered and
+pages dropped at random, at its present budget and at the smallest there is. Weights of a reference
+loaded from files are moved to aligned memory first: transformers maps files, and CPU matrix kernels
+sum in another order on weights that start at an odd multiple of 8 bytes.
 """
 
 from __future__ import annotations
@@ -139,12 +140,15 @@ def verify(
         >>> report.raise_if_different()
     """
     from moe_offload.huggingface.attach import get_attachment, get_offloader
+    from moe_offload.huggingface.experts import implementation_of
 
     offloader = get_offloader(model)
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
     if not encoded or max_new_tokens < 1:
         raise ValueError("verify: expected at least one prompt and one new token")
-    with _reference(get_attachment(model), model, reference) as (resident, described):
+    implementation = implementation_of(offloader.config.expert_backend)
+    with _reference(get_attachment(model), model, reference, implementation) as found:
+        resident, described = found
         expected = [_answer(resident, ids, max_new_tokens) for ids in encoded]
     rows = []
     for setting in _settings(offloader, hostile):
@@ -194,17 +198,19 @@ def _settings(offloader: Offloader, hostile: bool) -> Iterator[str]:
 
 
 @contextmanager
-def _reference(attachment: Any, model: Any, given: Any) -> Iterator[tuple[Any, str]]:
-    """The resident model, computing with grouped_mm, and a description of it."""
+def _reference(
+    attachment: Any, model: Any, given: Any, implementation: str
+) -> Iterator[tuple[Any, str]]:
+    """The resident model, computing as the offloaded one does, and a description of it."""
     if given is not None:
-        with _grouped_mm(given):
+        with _experts_by(implementation, given):
             yield given, f"the given {type(given).__name__}"
     elif attachment.holds_parameters:
-        with attachment.resident(), _grouped_mm(model):
+        with attachment.resident(), _experts_by(implementation, model):
             yield model, "itself on its resident parameters"
     else:
         resident = _load_resident(attachment)
-        with _grouped_mm(resident):
+        with _experts_by(implementation, resident):
             yield resident, f"transformers on {attachment.origin.path}"
 
 
@@ -226,10 +232,10 @@ def _load_resident(attachment: Any) -> Any:
 
 
 @contextmanager
-def _grouped_mm(model: Any) -> Iterator[None]:
-    """Let a transformers model compute its experts with grouped_mm for a while."""
+def _experts_by(implementation: str, model: Any) -> Iterator[None]:
+    """Let a transformers model compute its experts in another way for a while."""
     before = model.get_experts_implementation()
-    model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation(implementation)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_offload.functional import expert_ffn
 from moe_offload.layer import OffloadedExperts, _as_layer
 from moe_offload.offloader import ExpertLayer
 from moe_offload.sources import FilePages, Piece
@@ -74,9 +75,21 @@ def reference(
 
 
 def resident(
-    weights: dict[str, Tensor], hidden: Tensor, ids: Tensor, topk_weights: Tensor
+    weights: dict[str, Tensor],
+    hidden: Tensor,
+    ids: Tensor,
+    topk_weights: Tensor,
+    backend: str = "native",
 ) -> Tensor:
-    """transformers' own grouped_mm experts forward on whole, resident weights."""
+    """The same backend on whole, resident weights; grouped_mm is transformers' own forward."""
+    if backend == "native":
+        first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
+        return expert_ffn(
+            *(hidden, weights[first], weights["down_proj"], ids, topk_weights),
+            backend="native",
+            gate_up_bias=weights.get(f"{first}_bias"),
+            down_bias=weights.get("down_proj_bias"),
+        )
     from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
 
     module = types.SimpleNamespace(

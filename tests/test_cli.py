@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import moe_offload
 from moe_offload import cli, demo
+from moe_offload.huggingface.experts import NAME
 from moe_offload.models import tiny_moe_path
 
 PROMPT = "abc"
@@ -72,7 +73,7 @@ def _verbosity() -> Iterator[None]:
 
 def resident_tokens(checkpoint: Path, prompt: str, count: int) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype="auto", experts_implementation="grouped_mm"
+        checkpoint, dtype="auto", experts_implementation=NAME
     )
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()  # aligned memory, see verification.py

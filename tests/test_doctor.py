@@ -23,6 +23,7 @@ def test_reports_what_is_here() -> None:
     assert report["torch"]["threads"] == torch.get_num_threads()
     assert report["python"]["version"] == ".".join(map(str, sys.version_info[:3]))
     assert 0 < report["memory"]["available_bytes"] <= report["memory"]["total_bytes"]
+    assert report["moe_offload"]["cpu_isas"][0] == "plain"
     flags = Path("/proc/cpuinfo").read_text().split()
     assert all(name in flags for name in report["cpu"]["instruction_sets"])
     assert ("avx2" in flags) == ("avx2" in report["cpu"]["instruction_sets"])

@@ -1,7 +1,7 @@
 """Each family, offloaded, equals its resident self: logits bit for bit, tokens one by one.
 
-Resident means transformers' own grouped_mm on the same weights. Each case runs a live model and
-the same model from a checkpoint on disk, at the smallest budget (two slots), at 25 % and at 100 %.
+Resident means the same kernels on the model's own parameters. Each case runs a live model and the
+same model from a checkpoint on disk, at the smallest budget (two slots), at 25 % and at 100 %.
 """
 
 from __future__ import annotations
@@ -90,6 +90,29 @@ def test_live_model_equals_resident(name: str, dtype: torch.dtype, resident: obj
     check_at_budgets(model, expected)
     offloader.restore()
     assert torch.equal(logits(model, expected.prompt), expected.logits)
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.name)
+def test_who_computes_the_experts_is_known_and_reported(entry: object) -> None:
+    model = tiny_model(entry.name)
+    with moe_offload.offload(model, device_budget="50%") as offloader:
+        stats = offloader.stats()
+    reasons = {row["passed_over"] for row in stats["per_layer"]}
+    if entry.name == "gpt_oss":
+        assert stats["expert_backend"] == "grouped_mm"
+        assert reasons == {"native: its weights are stored transposed, [K, N]"}
+    else:
+        assert stats["expert_backend"] == "native"
+        assert reasons == {None}
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.name)
+def test_with_grouped_mm_it_equals_transformers_own_experts(entry: object) -> None:
+    model = tiny_model(entry.name, torch.bfloat16, implementation="grouped_mm")
+    prompt = prompt_ids(batch=2)
+    expected = logits(model, prompt)
+    with moe_offload.offload(model, device_budget="30%", expert_backend="grouped_mm"):
+        assert torch.equal(logits(model, prompt), expected)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)

@@ -147,7 +147,7 @@ def test_pipeline_accepts_an_offloaded_model() -> None:
 
 
 def test_experts_implementation_of_the_config_is_left_alone() -> None:
-    """An offloaded model computes as grouped_mm does, whatever the config names."""
+    """An offloaded model computes as its backend does, whatever the config names."""
     model = tiny_model("qwen3_moe")
     expected = model(prompt_ids()).logits
     model.set_experts_implementation("eager")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from moe_offload.huggingface.experts import NAME
+
 torch.set_num_threads(1)  # matrices this small only lose by sharing; on busy cores tenfold
 
 VOCAB = 128
@@ -93,14 +95,18 @@ def family(name: str) -> Family:
 
 
 def tiny_model(
-    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    implementation: str = NAME,
+    **overrides: Any,
 ) -> PreTrainedModel:
-    """A tiny random model in eval mode, computing with grouped_mm."""
+    """A tiny random model in eval mode; its experts are computed as offloaded ones are."""
     config = AutoConfig.for_model(name, **{**_COMMON, **family(name).extra, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, experts_implementation="grouped_mm"
+            config, dtype=dtype, experts_implementation=implementation
         ).eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -126,7 +132,7 @@ def plain_model(folder: str | Path, **options: Any) -> PreTrainedModel:
     sum in another order, and a plain model differs from itself in the last bit (6e-7 measured).
     """
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation(NAME)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
     return model

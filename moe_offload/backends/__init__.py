@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from moe_offload.backends.grouped_mm import GroupedMM
+from moe_offload.backends.native import Native
 from moe_offload.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class ExpertBackend(Protocol):
         """
 
 
-_KNOWN: tuple[ExpertBackend, ...] = (GroupedMM(),)
+_KNOWN: tuple[ExpertBackend, ...] = (Native(), GroupedMM())
 NAMES = tuple(backend.name for backend in _KNOWN)
 
 

@@ -12,7 +12,7 @@ SUPPORTED = "transformers >= 5.17"
 _NEEDED = {
     "transformers": ["AutoConfig", "AutoModelForCausalLM", "PreTrainedModel"],
     "transformers.modeling_utils": ["PreTrainedModel._load_pretrained_model"],
-    "transformers.integrations.moe": ["ExpertsInterface", "grouped_mm_experts_forward"],
+    "transformers.integrations.moe": ["ALL_EXPERTS_FUNCTIONS", "grouped_mm_experts_forward"],
     "transformers.core_model_loading": [
         *["Concatenate", "MergeModulelist", "WeightConverter", "WeightRenaming"],
         *["build_glob_alternation", "dot_natural_key", "rename_source_key"],
@@ -56,6 +56,9 @@ def _check_transformers() -> None:
 _check_transformers()
 
 from moe_offload.huggingface.attach import get_offloader, offload  # noqa: E402
+from moe_offload.huggingface.experts import register as _register  # noqa: E402
 from moe_offload.huggingface.loading import from_pretrained  # noqa: E402
+
+_register()
 
 __all__ = ["from_pretrained", "get_offloader", "missing_names", "offload"]

@@ -1,0 +1,129 @@
+// The Python face of the CPU expert kernels, part of `moe_offload._core`. Addresses are integers
+// (Tensor.data_ptr()); who passes them keeps the tensors alive until finish() has returned.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "expert_gemm/cpu/ffn_run.h"
+
+namespace py = pybind11;
+using namespace moe_offload;
+using namespace pybind11::literals;
+
+namespace {
+
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+Dtype dtype_named(const std::string& name) {
+    if (name == "float32") return Dtype::kF32;
+    if (name == "bfloat16") return Dtype::kBF16;
+    if (name == "float16") return Dtype::kF16;
+    throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got " + name);
+}
+
+Activation activation_named(const std::string& name) {
+    static constexpr const char* kNames[] = {"silu", "gelu",  "gelu_tanh",
+                                             "relu", "relu2", "clamped_swiglu"};
+    for (int32_t i = 0; i < 6; ++i)
+        if (name == kNames[i]) return static_cast<Activation>(i);
+    throw std::invalid_argument("activation: the CPU kernels do not know " + name);
+}
+
+// A layer's arithmetic and the kernels that do it.
+struct ExpertFfn {
+    FfnShape shape;
+    const Kernels* kernels;
+};
+
+using View = std::tuple<uintptr_t, int64_t, int64_t>;  // address, slot stride, row stride
+
+WeightView view(const std::optional<View>& given) {
+    if (!given) return {};
+    const auto [address, slot_stride, row_stride] = *given;
+    return {reinterpret_cast<const std::byte*>(address), slot_stride, row_stride};
+}
+
+ExpertFfn make_ffn(int64_t hidden, int64_t inner, int64_t num_experts, const std::string& dtype,
+                   const std::string& activation, bool gated, float alpha, float limit,
+                   float offset, const std::string& isa) {
+    if (hidden < 1 || inner < 1 || num_experts < 1)
+        throw std::invalid_argument("ExpertFfn: expected positive sizes");
+    FfnShape shape;
+    shape.hidden = hidden;
+    shape.inner = inner;
+    shape.num_experts = num_experts;
+    shape.dtype = dtype_named(dtype);
+    shape.activation = {activation_named(activation), gated, alpha, limit, offset};
+    return {shape, kernels_named(isa, shape.dtype)};
+}
+
+FfnRun start(const ExpertFfn& ffn, uintptr_t hidden, uintptr_t topk_ids, bool ids_are_int64,
+             uintptr_t topk_weights, const std::string& weights_dtype, int64_t num_tokens,
+             int64_t top_k, int num_threads) {
+    FfnInputs inputs;
+    inputs.hidden = reinterpret_cast<const void*>(hidden);
+    inputs.topk_ids = reinterpret_cast<const void*>(topk_ids);
+    inputs.topk_weights = reinterpret_cast<const void*>(topk_weights);
+    inputs.ids_are_int64 = ids_are_int64;
+    inputs.weights_dtype = dtype_named(weights_dtype);
+    inputs.num_tokens = num_tokens;
+    inputs.top_k = top_k;
+    return FfnRun(ffn.shape, inputs, *ffn.kernels, num_threads);
+}
+
+}  // namespace
+
+void bind_expert_ffn(py::module_& m) {
+    m.def(
+        "cpu_isas",
+        [](const std::string& dtype) {
+            std::vector<std::string> names;
+            for (const Isa isa : {Isa::kPlain, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16,
+                                  Isa::kAmx, Isa::kAmxEmulated})
+                if (const Kernels* kernels = kernels_for(isa, dtype_named(dtype)))
+                    names.emplace_back(kernels->isa);
+            return names;
+        },
+        "dtype"_a, "Instruction sets with kernels for this dtype that this machine runs.");
+
+    py::class_<FfnWeights>(m, "FfnWeights")
+        .def(py::init([](const View& up, const View& down, const std::optional<View>& gate,
+                         const std::optional<View>& up_bias, const std::optional<View>& down_bias,
+                         const std::optional<View>& gate_bias) {
+                 return FfnWeights{view(gate),      view(up),      view(down),
+                                   view(gate_bias), view(up_bias), view(down_bias)};
+             }),
+             "up"_a, "down"_a, "gate"_a = py::none(), "up_bias"_a = py::none(),
+             "down_bias"_a = py::none(), "gate_bias"_a = py::none(),
+             "Each view: (address of slot 0, bytes to the next slot, bytes to the next row).");
+
+    py::class_<FfnRun>(m, "FfnRun")
+        .def_property_readonly("experts", &FfnRun::experts)
+        .def(
+            "compute",
+            [](FfnRun& self, const FfnWeights& weights,
+               const std::vector<std::pair<int32_t, int32_t>>& ready) {
+                self.compute(weights, ready);
+            },
+            "weights"_a, "ready"_a, ReleaseGil(), "ready: (index in experts, slot)")
+        .def(
+            "compute_all",
+            [](FfnRun& self, const FfnWeights& weights) {
+                std::vector<std::pair<int32_t, int32_t>> ready;
+                for (size_t i = 0; i < self.experts().size(); ++i)
+                    ready.emplace_back(static_cast<int32_t>(i), self.experts()[i]);
+                self.compute(weights, ready);
+            },
+            "weights"_a, ReleaseGil(), "Every expert, expert e in slot e.")
+        .def(
+            "finish",
+            [](FfnRun& self, uintptr_t out) { self.finish(reinterpret_cast<void*>(out)); }, "out"_a,
+            ReleaseGil(), "Write [T, H] in the weights' dtype.");
+
+    py::class_<ExpertFfn>(m, "ExpertFfn")
+        .def(py::init(&make_ffn), py::kw_only(), "hidden"_a, "inner"_a, "num_experts"_a, "dtype"_a,
+             "activation"_a, "gated"_a, "alpha"_a = 1.0f, "limit"_a = 0.0f, "offset"_a = 0.0f,
+             "isa"_a = "auto")
+        .def_property_readonly("isa", [](const ExpertFfn& self) { return self.kernels->isa; })
+        .def("start", &start, "hidden"_a, "topk_ids"_a, "ids_are_int64"_a, "topk_weights"_a,
+             "weights_dtype"_a, "num_tokens"_a, "top_k"_a, "num_threads"_a);
+}

@@ -1,0 +1,108 @@
+// The seam between the order of work (ffn_run.cpp) and the instruction sets: five functions per
+// (instruction set, dtype), picked at run time.
+//
+// An expert with few rows is bound by the bytes of its weights, one with many by arithmetic; the
+// two have different kernels and different layouts of x and h:
+//
+//   few rows (<= few_rows):  x and h row-major, few_stride(K) apart, zeros behind K. Weights and x
+//   are both
+//       contiguous along K, so lanes run along K and are summed at the end.
+//   many rows:  x and h transposed and packed in blocks of block_rows rows, so that one vector
+//       holds one k of `lanes` rows; weights are broadcast from where they are, element by element
+//       (bf16: pair by pair, for dot-product instructions). Nothing of a weight is ever copied,
+//       and the epilogue of gate/up writes h directly in the layout that down reads.
+//       Block b, MV = vectors in it, pairs of bf16:  [K / 2][MV * lanes][2], K padded with zeros.
+//
+// A result element is always summed over k in the same order, whatever tile, chunk or thread it
+// falls to: bits depend on the instruction set, the dtype and few-or-many only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "expert_gemm/params.h"
+
+namespace moe_offload {
+
+struct GateUpArgs {
+    const void* x;  // [rows, H] in the layout above
+    int64_t rows;
+    int64_t hidden;         // H
+    int64_t inner;          // F
+    const std::byte* gate;  // rows of H elements, null without a gate
+    const std::byte* up;
+    int64_t row_stride;          // bytes, of gate and up
+    const std::byte* gate_bias;  // null or one element per row
+    const std::byte* up_bias;
+    int64_t bias_stride;  // bytes
+    ActivationSpec activation;
+    int64_t begin, end;  // rows f of gate/up to compute; begin is a multiple of Kernels::row_step
+    void* h;             // [rows, F] out, in the layout above
+    std::byte* scratch;  // Kernels::scratch_bytes(max(H, F))
+};
+
+struct DownArgs {
+    const void* h;  // [rows, F] in the layout above
+    int64_t rows;
+    int64_t hidden, inner;
+    const std::byte* down;  // rows of F elements
+    int64_t row_stride;
+    const std::byte* bias;  // null or [H]
+    int64_t bias_stride;
+    int64_t begin, end;        // columns of y to compute
+    const float* row_weights;  // [rows] routing weights
+    const int64_t* row_ids;    // [rows] row of y
+    std::byte* y;              // [R, H] in the weights' dtype
+    std::byte* scratch;
+};
+
+struct Kernels {
+    const char* isa;
+    int64_t few_rows;    // up to so many rows the few-row kernels are faster
+    int64_t block_rows;  // rows of a full block
+    int64_t lanes;       // rows of a vector; a block has 1 .. block_rows / lanes vectors
+    int64_t few_item;    // bytes of an element of x and h, few rows
+    int64_t block_item;  // the same, many rows
+    int64_t (*few_stride)(int64_t k);  // elements from row to row of few-row x and h
+    int64_t (*block_k)(int64_t k);     // K of packed x and h, padded
+    int64_t row_step;                  // chunks of weight rows begin at multiples of it
+    size_t (*scratch_bytes)(int64_t max_k);
+
+    // Gather rows `tokens[0 .. rows)` of hidden [T, K] into the few-row layout, or one block.
+    void (*pack_few)(const void* hidden, const int64_t* tokens, int64_t rows, int64_t k, void* x);
+    void (*pack_block)(const void* hidden, const int64_t* tokens, int64_t rows, int64_t k, void* x);
+    void (*gate_up_few)(const GateUpArgs&);
+    void (*gate_up_many)(const GateUpArgs&);
+    void (*down_few)(const DownArgs&);
+    void (*down_many)(const DownArgs&);
+    // out[i] = sum over a of y[a * stride + i], in order, skipping a where use[a] is false.
+    void (*combine)(const std::byte* y, int64_t stride, const bool* use, int64_t top_k, int64_t n,
+                    void* out);
+
+    // Bytes of x (K = H) or h (K = F) for one expert.
+    int64_t packed_bytes(int64_t rows, int64_t k) const {
+        return rows <= few_rows ? row_offset(rows, true, k)
+                                : row_offset((rows + lanes - 1) / lanes * lanes, false, k);
+    }
+    // Bytes before row `row` of them; for many rows the first of a block.
+    int64_t row_offset(int64_t row, bool few, int64_t k) const {
+        return row * (few ? few_stride(k) * few_item : block_k(k) * block_item);
+    }
+};
+
+// Instruction sets, best last. The emulated one runs AMX's kernel on an emulation of its tile
+// instructions, for tests; it is never chosen by itself.
+enum class Isa : int32_t { kPlain, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated };
+
+// Null when this build or this machine has no such kernels.
+const Kernels* kernels_for(Isa isa, Dtype dtype);
+
+// The best for this machine.
+const Kernels* best_kernels(Dtype dtype);
+
+// By name: plain, avx2, avx512, avx512_bf16, amx, amx_emulated. "" and "auto" are what the
+// environment variable MOE_OFFLOAD_CPU_ISA names, else the best. Throws std::invalid_argument.
+const Kernels* kernels_named(const std::string& isa, Dtype dtype);
+
+}  // namespace moe_offload

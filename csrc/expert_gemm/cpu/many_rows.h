@@ -1,0 +1,363 @@
+// Many rows per expert: bound by arithmetic.
+//
+// A tile is NR rows of weights times one block of MV vectors of packed rows (see kernels.h): per k,
+// MV loads of x and NR broadcasts of weight elements for NR * MV multiply-adds, so with NR = 8 and
+// MV = 3 the multiply unit is the limit (24 of them per 3 loads and 8 broadcasts, which the load
+// ports do in 7 cycles). Broadcasting from row-major weights needs no transposed copy of them.
+// Results appear transposed, [n][rows]: the activation does not mind, h is wanted that way, and y
+// is transposed back eight by eight.
+//
+// `Tile` computes one tile; AMX brings its own (amx_tile.h).
+#pragma once
+
+#include "expert_gemm/cpu/activations.h"
+#include "expert_gemm/cpu/few_rows.h"
+#include "expert_gemm/cpu/kernels.h"
+#include "expert_gemm/cpu/ops.h"
+
+namespace moe_offload {
+namespace {
+
+template <class Op_, int MaxMV, int NRows>
+struct VectorTile {
+    using Op = Op_;
+    static constexpr int kMaxVectors = MaxMV;
+    static constexpr int kRows = NRows;
+    static constexpr int kBlockPad = Op::kBlockPad;
+
+    static void begin() {}
+    static void end() {}
+
+    // c[n][MV * lanes] = sum_k w[n][k] x[k][:]
+    template <int MV>
+    static void run(const typename Op::X* x, const typename Op::B* const* w, int64_t k_size,
+                    int64_t prefetch, float* c) {
+        using L = typename Op::L;
+        constexpr int kLanes = L::kWidth, kPair = Op::kPair;
+        typename L::V acc[kRows][MV];
+        for (int n = 0; n < kRows; ++n)
+            for (int v = 0; v < MV; ++v) acc[n][v] = L::set(0.0f);
+        const int64_t steps = k_size / kPair;
+        // One cache line of each weight row at a time: its successor in the next tile is fetched.
+        constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename Op::B)) / kPair;
+        int64_t s = 0;
+        const auto step = [&](int64_t at) {
+            typename Op::Vec xs[MV];
+            for (int v = 0; v < MV; ++v)
+                xs[v] = Op::load_packed(x + (at * MV + v) * kLanes * kPair);
+#pragma GCC unroll 16
+            for (int n = 0; n < kRows; ++n) {
+                const typename Op::Vec b = Op::broadcast(w[n] + at * kPair);
+                for (int v = 0; v < MV; ++v) acc[n][v] = Op::step(acc[n][v], xs[v], b);
+            }
+        };
+        for (; s + kLine <= steps; s += kLine) {
+            if (prefetch)
+                for (int n = 0; n < kRows; ++n)
+                    __builtin_prefetch(w[n] + s * kPair + prefetch, 0, 2);
+            for (int64_t i = 0; i < kLine; ++i) step(s + i);
+        }
+        for (; s < steps; ++s) step(s);
+        if (steps * kPair < k_size) {
+            for (int n = 0; n < kRows; ++n) {
+                const typename Op::Vec b = Op::broadcast_last(w[n] + steps * kPair);
+                for (int v = 0; v < MV; ++v)
+                    acc[n][v] = Op::step(acc[n][v],
+                                         Op::load_packed(x + (steps * MV + v) * kLanes * kPair), b);
+            }
+        }
+        for (int n = 0; n < kRows; ++n)
+            for (int v = 0; v < MV; ++v) L::store(c + (n * MV + v) * kLanes, acc[n][v]);
+    }
+};
+
+// Rows n of a matrix as the tile wants them: in place, or widened into `scratch`; then the rows
+// `prefetch` elements ahead are fetched here, not by the tile.
+template <class Tile, class Op = typename Tile::Op>
+inline void tile_rows(const typename Op::T* const* from, int64_t k_size, int64_t prefetch,
+                      const typename Op::B** rows, std::byte* scratch) {
+    if constexpr (Op::kConvert) {
+        using L = typename Op::L;
+        float* to = reinterpret_cast<float*>(scratch);
+        for (int n = 0; n < Tile::kRows; ++n, to += k_size) {
+            int64_t k = 0;
+            for (; k + L::kWidth <= k_size; k += L::kWidth) {
+                __builtin_prefetch(from[n] + k + prefetch, 0, 2);
+                L::store(to + k, L::load(from[n] + k));
+            }
+            for (; k < k_size; ++k) to[k] = widen(from[n][k]);
+            rows[n] = to;
+        }
+    } else {
+        for (int n = 0; n < Tile::kRows; ++n) rows[n] = from[n];
+    }
+}
+
+template <class Tile>
+size_t scratch_bytes(int64_t max_k) {
+    using Op = typename Tile::Op;
+    return Op::kConvert ? static_cast<size_t>(Tile::kRows * max_k) * sizeof(float) : 0;
+}
+
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
+// Call f(block's first row, number of its rows, its vectors as a constant).
+template <class Tile, class F>
+inline void for_blocks(int64_t rows, const F& f) {
+    constexpr int64_t kLanes = Tile::Op::L::kWidth;
+    constexpr int64_t kBlock = kLanes * Tile::kMaxVectors;
+    for (int64_t first = 0; first < rows; first += kBlock) {
+        const int64_t count = rows - first < kBlock ? rows - first : kBlock;
+        const int64_t vectors = (count + kLanes - 1) / kLanes;
+        if constexpr (Tile::kMaxVectors >= 3) {
+            if (vectors == 3) {
+                f(first, count, Constant<3>{});
+                continue;
+            }
+        }
+        if constexpr (Tile::kMaxVectors >= 2) {
+            if (vectors == 2) {
+                f(first, count, Constant<2>{});
+                continue;
+            }
+        }
+        f(first, count, Constant<1>{});
+    }
+}
+
+template <class Tile>
+inline int64_t padded_k(int64_t k) {
+    return (k + Tile::kBlockPad - 1) / Tile::kBlockPad * Tile::kBlockPad;
+}
+
+template <class Op>
+inline typename Op::L::V bias_at(const std::byte* bias, int64_t stride, int64_t n) {
+    if (!bias) return Op::L::set(0.0f);
+    return Op::L::set(widen(*reinterpret_cast<const typename Op::T*>(bias + n * stride)));
+}
+
+// How many weight rows ahead of a tile of `step` rows to prefetch; see few_rows.h.
+inline int64_t prefetch_rows(int64_t row_stride, int64_t step) {
+    return (kPrefetchBytes / row_stride / step + 1) * step;
+}
+
+template <class Tile>
+void gate_up_many(const GateUpArgs& a) {
+    using Op = typename Tile::Op;
+    using L = typename Op::L;
+    using T = typename Op::T;
+    constexpr int64_t kLanes = L::kWidth, kItem = sizeof(T);
+    const bool gated = a.gate != nullptr;
+    const int64_t features = gated ? Tile::kRows / 2 : Tile::kRows;  // f per tile
+    const int64_t x_k = padded_k<Tile>(a.hidden), h_k = padded_k<Tile>(a.inner);
+    const int64_t ahead = prefetch_rows(a.row_stride, features);
+    alignas(64) float c[Tile::kRows * Tile::kMaxVectors * kLanes];
+    Tile::begin();
+    for (int64_t f = a.begin; f < a.end; f += features) {
+        const T* from[Tile::kRows];
+        const typename Op::B* w[Tile::kRows];
+        const auto row = [&](const std::byte* matrix, int64_t n) {
+            return reinterpret_cast<const T*>(matrix +
+                                              (n < a.inner ? n : a.inner - 1) * a.row_stride);
+        };
+        for (int64_t i = 0; i < features; ++i) {
+            if (gated) {
+                from[i] = row(a.gate, f + i);
+                from[features + i] = row(a.up, f + i);
+            } else {
+                from[i] = row(a.up, f + i);
+            }
+        }
+        const int64_t prefetch = f + ahead < a.end ? ahead * a.row_stride / kItem : 0;
+        tile_rows<Tile>(from, a.hidden, prefetch, w, a.scratch);
+        for_blocks<Tile>(a.rows, [&](int64_t first, int64_t, auto vectors) {
+            constexpr int MV = decltype(vectors)::value;
+            const auto* x = static_cast<const typename Op::X*>(a.x) + first * x_k;
+            auto* h = static_cast<typename Op::X*>(a.h) + first * h_k;
+            Tile::template run<MV>(x, w, a.hidden, first == 0 && !Op::kConvert ? prefetch : 0, c);
+            for (int64_t i = 0; i < features && f + i < h_k; i += 2) {
+                typename L::V pair[2];
+                for (int v = 0; v < MV; ++v) {
+                    for (int j = 0; j < 2; ++j) {
+                        const int64_t n = i + j;
+                        if (f + n >= a.inner) {  // padding of K in the second product
+                            pair[j] = L::set(0.0f);
+                            continue;
+                        }
+                        const auto up_n = gated ? features + n : n;
+                        const auto up = L::load(c + (up_n * MV + v) * kLanes) +
+                                        bias_at<Op>(a.up_bias, a.bias_stride, f + n);
+                        const auto gate = gated ? L::load(c + (n * MV + v) * kLanes) +
+                                                      bias_at<Op>(a.gate_bias, a.bias_stride, f + n)
+                                                : up;
+                        pair[j] = activate<L>(a.activation, gate, up);
+                    }
+                    // [K / pair][MV * lanes][pair]
+                    if (Op::kPair == 2)
+                        Op::store_pair(h + ((f + i) / 2 * MV + v) * kLanes * 2, 0, pair[0],
+                                       pair[1]);
+                    else if (f + i + 1 < h_k)
+                        Op::store_pair(h + ((f + i) * MV + v) * kLanes, MV * kLanes, pair[0],
+                                       pair[1]);
+                    else
+                        Op::store_h(h + ((f + i) * MV + v) * kLanes, pair[0]);
+                }
+            }
+        });
+    }
+    Tile::end();
+}
+
+// y of eight columns n .. n + 8 for one block, from c[8][ldc].
+template <class Op>
+inline void store_columns(const float* c, int64_t ldc, int64_t rows, int64_t count,
+                          const float* bias, const float* weights, const int64_t* row_ids,
+                          int64_t hidden, int64_t n, std::byte* y) {
+    using T = typename Op::T;
+    const auto at = [&](int64_t m) { return reinterpret_cast<T*>(y) + row_ids[m] * hidden + n; };
+    int64_t m = 0;
+#if defined(__AVX2__)
+    if (count == 8) {
+        const __m256 b = _mm256_loadu_ps(bias);
+        for (; m < rows; m += 8) {
+            __m256 row[8];
+            transpose8(c + m, ldc, row);  // c has room for whole vectors of rows
+            for (int64_t i = 0; i < 8 && m + i < rows; ++i)
+                Avx2Lanes::store(at(m + i), (row[i] + b) * _mm256_set1_ps(weights[m + i]));
+        }
+        return;
+    }
+#endif
+    for (; m < rows; ++m) {
+        float values[8];
+        for (int64_t i = 0; i < 8; ++i) values[i] = (c[i * ldc + m] + bias[i]) * weights[m];
+        T rounded[8];
+        PortableLanes<8>::store(rounded, PortableLanes<8>::load(values));
+        std::memcpy(at(m), rounded, static_cast<size_t>(count) * sizeof(T));
+    }
+}
+
+template <class Tile>
+void down_many(const DownArgs& a) {
+    using Op = typename Tile::Op;
+    using T = typename Op::T;
+    constexpr int64_t kLanes = Op::L::kWidth, kItem = sizeof(T);
+    const int64_t h_k = padded_k<Tile>(a.inner);
+    const int64_t ahead = prefetch_rows(a.row_stride, Tile::kRows);
+    alignas(64) float c[Tile::kRows * Tile::kMaxVectors * kLanes];
+    Tile::begin();
+    for (int64_t n = a.begin; n < a.end; n += Tile::kRows) {
+        const T* from[Tile::kRows];
+        const typename Op::B* w[Tile::kRows];
+        float bias[Tile::kRows];
+        for (int64_t i = 0; i < Tile::kRows; ++i) {
+            const int64_t row = n + i < a.hidden ? n + i : a.hidden - 1;
+            from[i] = reinterpret_cast<const T*>(a.down + row * a.row_stride);
+            bias[i] =
+                a.bias ? widen(*reinterpret_cast<const T*>(a.bias + row * a.bias_stride)) : 0.0f;
+        }
+        const int64_t prefetch = n + ahead < a.end ? ahead * a.row_stride / kItem : 0;
+        tile_rows<Tile>(from, a.inner, prefetch, w, a.scratch);
+        for_blocks<Tile>(a.rows, [&](int64_t first, int64_t rows, auto vectors) {
+            constexpr int MV = decltype(vectors)::value;
+            const auto* h = static_cast<const typename Op::X*>(a.h) + first * h_k;
+            Tile::template run<MV>(h, w, a.inner, first == 0 && !Op::kConvert ? prefetch : 0, c);
+            for (int64_t i = 0; i < Tile::kRows && n + i < a.end; i += 8) {
+                const int64_t left = a.end - n - i;
+                store_columns<Op>(c + i * MV * kLanes, MV * kLanes, rows, left < 8 ? left : 8,
+                                  bias + i, a.row_weights + first, a.row_ids + first, a.hidden,
+                                  n + i, a.y);
+            }
+        });
+    }
+    Tile::end();
+}
+
+// One block: [K / pair][MV * lanes][pair], rows and k beyond the end are zero.
+template <class Tile>
+void pack_block(const void* hidden, const int64_t* tokens, int64_t rows, int64_t k_size,
+                void* out) {
+    using Op = typename Tile::Op;
+    using T = typename Op::T;
+    using X = typename Op::X;
+    constexpr int64_t kLanes = Op::L::kWidth, kPair = Op::kPair;
+    const int64_t width = (rows + kLanes - 1) / kLanes * kLanes, k_pad = padded_k<Tile>(k_size);
+    const auto row = [&](int64_t m) { return static_cast<const T*>(hidden) + tokens[m] * k_size; };
+    X* x = static_cast<X*>(out);
+    int64_t k0 = 0;
+    if constexpr (kLanes == 16 && has_transpose<Op>) {  // 16 rows of 16 words at a time
+        constexpr int64_t kWords = 16 * kPair;
+        for (; k0 + kWords <= k_size; k0 += kWords)
+            for (int64_t m = 0; m < width; m += 16) {
+                const T* from[16];
+                for (int64_t i = 0; i < 16; ++i) from[i] = m + i < rows ? row(m + i) + k0 : nullptr;
+                Op::transpose(from, x + (k0 / kPair * width + m) * kPair, width * kPair);
+            }
+    }
+    constexpr int64_t kPanel = 64;  // of k: all rows' cache lines are read once, in order
+    for (; k0 < k_pad; k0 += kPanel) {
+        const int64_t k1 = k0 + kPanel < k_pad ? k0 + kPanel : k_pad;
+        for (int64_t m = 0; m < width; ++m)
+            for (int64_t k = k0; k < k1; ++k)
+                x[(k / kPair * width + m) * kPair + k % kPair] =
+                    m < rows && k < k_size ? Op::to_x(row(m)[k]) : X{};
+    }
+}
+
+template <class Op>
+void combine_rows(const std::byte* y, int64_t stride, const bool* use, int64_t top_k, int64_t n,
+                  void* out) {
+    using L = typename Op::L;
+    using T = typename Op::T;
+    const T* rows = reinterpret_cast<const T*>(y);
+    T* to = static_cast<T*>(out);
+    int64_t i = 0;
+    for (; i + L::kWidth <= n; i += L::kWidth) {
+        typename L::V sum = L::set(0.0f);
+        for (int64_t a = 0; a < top_k; ++a)
+            if (use[a]) sum = sum + L::load(rows + a * stride + i);
+        L::store(to + i, sum);
+    }
+    if (i < n) {
+        T tail[L::kWidth] = {};
+        typename L::V sum = L::set(0.0f);
+        for (int64_t a = 0; a < top_k; ++a) {
+            if (!use[a]) continue;
+            std::memcpy(tail, rows + a * stride + i, static_cast<size_t>(n - i) * sizeof(T));
+            sum = sum + L::load(tail);
+        }
+        L::store(tail, sum);
+        std::memcpy(to + i, tail, static_cast<size_t>(n - i) * sizeof(T));
+    }
+}
+
+// The table for one tile type; FewOp computes few rows (AMX borrows another instruction set's).
+template <class Tile, class FewOp = typename Tile::Op>
+Kernels make_kernels(const char* isa) {
+    using Op = typename Tile::Op;
+    Kernels k{};
+    k.isa = isa;
+    k.few_rows = kFewRows;
+    k.lanes = Op::L::kWidth;
+    k.block_rows = k.lanes * Tile::kMaxVectors;
+    k.few_item = sizeof(typename FewOp::X);
+    k.block_item = sizeof(typename Op::X);
+    k.few_stride = &few_stride<FewOp>;
+    k.block_k = &padded_k<Tile>;
+    k.row_step = Tile::kRows;
+    k.scratch_bytes = &scratch_bytes<Tile>;
+    k.pack_few = &pack_few<FewOp>;
+    k.pack_block = &pack_block<Tile>;
+    k.gate_up_few = &gate_up_few<FewOp>;
+    k.gate_up_many = &gate_up_many<Tile>;
+    k.down_few = &down_few<FewOp>;
+    k.down_many = &down_many<Tile>;
+    k.combine = &combine_rows<Op>;
+    return k;
+}
+
+}  // namespace
+}  // namespace moe_offload

@@ -1,0 +1,174 @@
+// What differs between instruction sets inside the products: how one step multiplies.
+//
+// An Op names the dtype T of weights, the type X of packed x and h, how many k one vector step
+// covers (few rows) and how many k one packed element covers (many rows). FmaOp widens everything
+// to fp32; DotOp feeds bf16 pairs to VDPBF16PS.
+#pragma once
+
+#include "expert_gemm/cpu/lanes.h"
+
+namespace moe_offload {
+namespace {
+
+inline float widen(float x) { return x; }
+inline float widen(BF16 x) { return bit_cast_to<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(F16 x) {
+    const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
+    const uint32_t bits = magnitude >= 0x0f800000u
+                              ? magnitude | 0x7f800000u
+                              : bit_cast_to<uint32_t>(bit_cast_to<float>(magnitude) * 0x1p112f);
+    return bit_cast_to<float>(bits | sign);
+}
+
+// v rounded to T and widened again.
+template <typename L, typename T>
+inline typename L::V round_to(typename L::V v) {
+    T lanes[L::kWidth];
+    L::store(lanes, v);
+    return L::load(lanes);
+}
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+// Sixteen rows of sixteen 32-bit words to columns; a null row is zero.
+// to[i * stride .. + 16 words) = word i of every row.
+template <class Load, class Store>
+inline void transpose16(const Load& load, const Store& store) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = load(i);
+    for (int i = 0; i < 8; ++i) {
+        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j) {
+            a[4 * i + 2 * j] = _mm512_unpacklo_epi64(b[4 * i + j], b[4 * i + 2 + j]);
+            a[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(b[4 * i + j], b[4 * i + 2 + j]);
+        }
+    // a[4 i + w]: words w, w + 4, w + 8, w + 12 (one per 128-bit lane) of rows 4 i .. 4 i + 3
+    for (int w = 0; w < 4; ++w) {
+        const __m512i p = _mm512_shuffle_i32x4(a[w], a[4 + w], 0x88);  // words w, w + 8
+        const __m512i q = _mm512_shuffle_i32x4(a[w], a[4 + w], 0xdd);  // w + 4, w + 12
+        const __m512i r = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0x88);
+        const __m512i s = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0xdd);
+        store(w, _mm512_shuffle_i32x4(p, r, 0x88));
+        store(w + 8, _mm512_shuffle_i32x4(p, r, 0xdd));
+        store(w + 4, _mm512_shuffle_i32x4(q, s, 0x88));
+        store(w + 12, _mm512_shuffle_i32x4(q, s, 0xdd));
+    }
+}
+
+template <typename T>  // floats of T, or pairs of it when X is 16-bit
+inline void transpose_rows(const T* const* from, float* to, int64_t stride) {
+    transpose16(
+        [&](int i) {
+            return from[i] ? _mm512_castps_si512(Avx512Lanes::load(from[i]))
+                           : _mm512_setzero_si512();
+        },
+        [&](int i, __m512i v) { _mm512_storeu_si512(to + i * stride, v); });
+}
+inline void transpose_rows(const BF16* const* from, BF16* to, int64_t stride) {
+    transpose16(
+        [&](int i) { return from[i] ? _mm512_loadu_si512(from[i]) : _mm512_setzero_si512(); },
+        [&](int i, __m512i v) { _mm512_storeu_si512(to + i * stride, v); });
+}
+#endif
+
+// Does this Op transpose rows by vectors when it packs?
+template <class Op>
+constexpr bool has_transpose = requires { &Op::transpose; };
+
+template <typename Lanes, typename Weight>
+struct FmaOp {
+    using L = Lanes;
+    using V = typename L::V;
+    using T = Weight;  // of the weights
+    using X = float;   // of packed x and h
+    static constexpr int kStep = L::kWidth;
+    static constexpr int kPair = 1;
+    static constexpr int kBlockPad = 1;  // K of packed rows is a multiple of it
+
+    using Vec = V;
+    static Vec load_x(const X* p) { return L::load(p); }
+    static Vec load_w(const T* p) { return L::load(p); }
+    static Vec load_w_tail(const T* p, int64_t count) {
+        T buffer[L::kWidth] = {};
+        std::memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
+        return L::load(buffer);
+    }
+    static V step(V acc, Vec x, Vec w) { return L::fma(x, w, acc); }
+
+    // Many rows: weights as floats, converted tile by tile when they are 16-bit.
+    using B = float;
+    static constexpr bool kConvert = sizeof(T) == 2;
+    static Vec broadcast(const B* p) { return L::set(*p); }
+    static Vec broadcast_last(const B* p) { return L::set(*p); }
+    static Vec load_packed(const X* p) { return L::load(p); }
+
+    // h of rows f and f + 1, for one vector of rows; `h` points at f's.
+    static void store_pair(X* h, int64_t next, V a, V b) {
+        if constexpr (kConvert) {
+            a = round_to<L, T>(a);
+            b = round_to<L, T>(b);
+        }
+        L::store(h, a);
+        L::store(h + next, b);
+    }
+    static void store_h(X* h, V v) {
+        if constexpr (kConvert) v = round_to<L, T>(v);
+        L::store(h, v);
+    }
+    static X to_x(T value) { return widen(value); }
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    static void transpose(const T* const* from, X* to, int64_t stride)
+        requires(kStep == 16)
+    {
+        transpose_rows(from, to, stride);
+    }
+#endif
+};
+
+#if defined(__AVX512BF16__)
+struct DotOp {
+    using L = Avx512Lanes;
+    using V = __m512;
+    using T = BF16;
+    using X = BF16;
+    static constexpr int kStep = 32;
+    static constexpr int kPair = 2;
+    static constexpr int kBlockPad = 2;
+
+    using Vec = __m512bh;
+    static Vec load_x(const X* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static Vec load_w(const T* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static Vec load_w_tail(const T* p, int64_t count) {
+        const __mmask32 mask = (1u << count) - 1u;
+        return (__m512bh)_mm512_maskz_loadu_epi16(mask, p);
+    }
+    static V step(V acc, Vec x, Vec w) { return _mm512_dpbf16_ps(acc, x, w); }
+
+    using B = BF16;
+    static constexpr bool kConvert = false;
+    static Vec broadcast(const B* p) {
+        int32_t pair;
+        std::memcpy(&pair, p, 4);
+        return (__m512bh)_mm512_set1_epi32(pair);
+    }
+    static Vec broadcast_last(const B* p) { return (__m512bh)_mm512_set1_epi32(p->bits); }
+    static Vec load_packed(const X* p) { return load_x(p); }
+
+    static void store_pair(X* h, int64_t, V a, V b) {
+        const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
+        const __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
+        _mm512_storeu_si512(h, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+    }
+    static void store_h(X* h, V v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+    static X to_x(T value) { return value; }
+    static void transpose(const T* const* from, X* to, int64_t stride) {
+        transpose_rows(from, to, stride);
+    }
+};
+#endif
+
+}  // namespace
+}  // namespace moe_offload

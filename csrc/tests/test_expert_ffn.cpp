@@ -1,0 +1,274 @@
+// The CPU expert kernels and the threads under them, without Python: every instruction set of this
+// machine against a sum in double, the emulated AMX instruction against its definition, the pool
+// under contention. The Python tests go wider; this program is what the sanitizers run.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <thread>
+
+#include "check.h"
+#include "expert_gemm/cpu/amx_emulation.h"
+#include "expert_gemm/cpu/ffn_run.h"
+#include "expert_gemm/cpu/thread_pool.h"
+
+using namespace moe_offload;
+
+namespace {
+
+float widen(Dtype dtype, const std::byte* p) {
+    if (dtype == Dtype::kF32) {
+        float value;
+        std::memcpy(&value, p, 4);
+        return value;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, p, 2);
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    if (dtype == Dtype::kF16) {
+        const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+        value = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                         : std::ldexp(static_cast<float>(mantissa), -24);
+        if (bits & 0x8000) value = -value;
+    }
+    return value;
+}
+
+// Random numbers of about `scale`, exact in every dtype (few mantissa bits).
+std::vector<std::byte> draw(Dtype dtype, int64_t count, float scale, uint32_t seed) {
+    std::mt19937 rng(seed);
+    std::vector<std::byte> bytes(static_cast<size_t>(count) * item_size(dtype) + 64);
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = scale * (static_cast<float>(rng() % 257) - 128.0f) / 128.0f;
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        std::byte* p = bytes.data() + static_cast<size_t>(i) * item_size(dtype);
+        if (dtype == Dtype::kF32) {
+            std::memcpy(p, &bits, 4);
+        } else if (dtype == Dtype::kBF16) {
+            const auto half = static_cast<uint16_t>(bits >> 16);
+            std::memcpy(p, &half, 2);
+        } else {
+            const int32_t exponent = static_cast<int32_t>((bits >> 23) & 255) - 112;
+            const auto half = static_cast<uint16_t>(
+                exponent <= 0 ? 0
+                              : ((bits >> 16) & 0x8000u) | (static_cast<uint32_t>(exponent) << 10) |
+                                    ((bits >> 13) & 1023u));
+            std::memcpy(p, &half, 2);
+        }
+    }
+    return bytes;
+}
+
+struct Problem {
+    FfnShape shape;
+    int64_t tokens, top_k;
+    std::vector<std::byte> hidden, gate_up, down;
+    std::vector<int64_t> ids;
+    std::vector<float> weights;
+
+    Problem(Dtype dtype, int64_t t, int64_t a, int64_t e, int64_t h, int64_t f)
+        : tokens(t), top_k(a), ids(static_cast<size_t>(t * a)), weights(ids.size()) {
+        shape = {h, f, e, dtype, {}};
+        hidden = draw(dtype, t * h, 1.0f, 1);
+        gate_up = draw(dtype, e * 2 * f * h, 0.25f, 2);
+        down = draw(dtype, e * h * f, 0.25f, 3);
+        std::mt19937 rng(4);
+        for (size_t i = 0; i < ids.size(); ++i) {
+            ids[i] = static_cast<int64_t>(rng() % static_cast<uint32_t>(e + 1));  // e: not ours
+            weights[i] = static_cast<float>(rng() % 100) / 100.0f;
+        }
+    }
+    FfnInputs inputs() const {
+        return {hidden.data(), ids.data(), weights.data(), true, Dtype::kF32, tokens, top_k};
+    }
+    FfnWeights views() const {
+        const auto item = static_cast<int64_t>(item_size(shape.dtype));
+        const int64_t h = shape.hidden, f = shape.inner, row = h * item;
+        FfnWeights w;
+        w.gate = {gate_up.data(), 2 * f * row, row};
+        w.up = {gate_up.data() + f * row, 2 * f * row, row};
+        w.down = {down.data(), h * f * item, f * item};
+        return w;
+    }
+    double at(const std::vector<std::byte>& v, int64_t i) const {
+        return widen(shape.dtype, v.data() + static_cast<size_t>(i) * item_size(shape.dtype));
+    }
+    std::vector<double> exact() const {
+        const int64_t h = shape.hidden, f = shape.inner;
+        std::vector<double> out(static_cast<size_t>(tokens * h), 0.0);
+        std::vector<double> inner(static_cast<size_t>(f));
+        for (int64_t r = 0; r < tokens * top_k; ++r) {
+            const int64_t e = ids[static_cast<size_t>(r)], t = r / top_k;
+            if (e >= shape.num_experts) continue;
+            for (int64_t i = 0; i < f; ++i) {
+                double gate = 0, up = 0;
+                for (int64_t k = 0; k < h; ++k) {
+                    gate += at(hidden, t * h + k) * at(gate_up, (e * 2 * f + i) * h + k);
+                    up += at(hidden, t * h + k) * at(gate_up, (e * 2 * f + f + i) * h + k);
+                }
+                inner[static_cast<size_t>(i)] = gate / (1 + std::exp(-gate)) * up;
+            }
+            for (int64_t n = 0; n < h; ++n) {
+                double y = 0;
+                for (int64_t k = 0; k < f; ++k)
+                    y += inner[static_cast<size_t>(k)] * at(down, (e * h + n) * f + k);
+                out[static_cast<size_t>(t * h + n)] += y * weights[static_cast<size_t>(r)];
+            }
+        }
+        return out;
+    }
+    std::vector<std::byte> run(const Kernels& kernels, int threads, uint32_t portions) const {
+        FfnRun run(shape, inputs(), kernels, threads);
+        std::vector<std::pair<int32_t, int32_t>> ready;
+        for (size_t i = 0; i < run.experts().size(); ++i)
+            ready.emplace_back(static_cast<int32_t>(i), run.experts()[i]);
+        std::mt19937 rng(portions);
+        if (portions) std::shuffle(ready.begin(), ready.end(), rng);
+        for (size_t i = 0; i < ready.size();) {
+            const size_t count =
+                portions ? std::min<size_t>(1 + rng() % 3, ready.size() - i) : ready.size();
+            run.compute(views(), std::span(ready).subspan(i, count));
+            i += count;
+        }
+        std::vector<std::byte> out(hidden.size(), std::byte{0xff});  // NaN in every dtype
+        run.finish(out.data());
+        return out;
+    }
+};
+
+void every_instruction_set_is_right() {
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kBF16, Dtype::kF16})
+        for (int32_t isa = 0; isa < 6; ++isa) {
+            const Kernels* kernels = kernels_for(static_cast<Isa>(isa), dtype);
+            if (!kernels) continue;
+            for (const auto& [t, a, e, h, f] : std::vector<std::array<int64_t, 5>>{
+                     {1, 1, 1, 1, 1}, {3, 2, 3, 37, 19}, {70, 1, 1, 64, 48}, {60, 2, 2, 33, 50}}) {
+                const Problem problem(dtype, t, a, e, h, f);
+                const std::vector<std::byte> got = problem.run(*kernels, 1, 0);
+                const std::vector<double> want = problem.exact();
+                double error = 0, size = 0;
+                for (size_t i = 0; i < want.size(); ++i) {
+                    error += std::pow(problem.at(got, static_cast<int64_t>(i)) - want[i], 2);
+                    size += want[i] * want[i];
+                }
+                const double relative = std::sqrt(error) / (std::sqrt(size) + 1e-6);
+                const double bound = dtype == Dtype::kF32   ? 1e-6
+                                     : dtype == Dtype::kF16 ? 1e-3
+                                                            : 8e-3;
+                if (!(relative <= bound))
+                    std::fprintf(stderr, "%s dtype %d T %ld: %g\n", kernels->isa,
+                                 static_cast<int>(dtype), static_cast<long>(t), relative);
+                CHECK(relative <= bound);
+            }
+        }
+}
+
+void bits_do_not_depend_on_portions_or_threads() {
+    for (const int64_t tokens : {2, 90}) {
+        const Problem problem(Dtype::kBF16, tokens, 2, 6, 256, 192);
+        const Kernels& kernels = *best_kernels(Dtype::kBF16);
+        const std::vector<std::byte> want = problem.run(kernels, 1, 0);
+        for (uint32_t seed = 1; seed < 6; ++seed)
+            CHECK(problem.run(kernels, static_cast<int>(seed), seed) == want);
+    }
+}
+
+void callers_at_the_same_time_get_their_own_results() {
+    const Problem problem(Dtype::kBF16, 40, 2, 6, 256, 192);
+    const Kernels& kernels = *best_kernels(Dtype::kBF16);
+    const std::vector<std::byte> want = problem.run(kernels, 1, 0);
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> callers;
+    for (uint32_t c = 0; c < 4; ++c)
+        callers.emplace_back([&, c] {
+            for (uint32_t i = 0; i < 5; ++i)
+                if (problem.run(kernels, 3, 10 * c + i) != want) ++wrong;
+        });
+    for (std::thread& caller : callers) caller.join();
+    CHECK_EQ(wrong.load(), 0);
+}
+
+void every_task_runs_once() {
+    ThreadPool pool;
+    for (const int threads : {1, 2, 4})
+        for (const int64_t count : {0, 1, 2, 3, 1000})
+            for (int repeat = 0; repeat < 50; ++repeat) {
+                std::vector<std::atomic<int>> done(static_cast<size_t>(count));
+                pool.run(threads, count, [&](int64_t task) { ++done[static_cast<size_t>(task)]; });
+                for (const auto& times : done) CHECK_EQ(times.load(), 1);
+            }
+}
+
+void sleeping_threads_wake_and_a_pool_ends_at_once() {
+    for (int repeat = 0; repeat < 20; ++repeat) {
+        ThreadPool pool;
+        std::atomic<int64_t> sum{0};
+        for (int i = 0; i < 3; ++i) {
+            pool.run(4, 100, [&](int64_t task) { sum += task; });
+            if (repeat % 2) std::this_thread::sleep_for(std::chrono::microseconds(300));
+        }
+        CHECK_EQ(sum.load(), 3 * 4950);
+    }
+}
+
+void a_buffer_is_used_again() {
+    const std::byte* first;
+    {
+        const Buffer buffer(3000000);
+        first = buffer.data();
+        CHECK(reinterpret_cast<uintptr_t>(first) % 4096 == 0);
+    }
+    const Buffer again(2990000);
+    CHECK(again.data() == first);
+    const Buffer other(2990000);
+    CHECK(other.data() != first);
+    const Buffer large(Buffer::kKept + 1);  // never kept, only given back
+    CHECK(large.capacity() > Buffer::kKept);
+}
+
+void the_emulated_tile_product_is_the_documented_one() {
+    const auto tile_of = [](uint16_t value) {
+        std::array<uint16_t, 512> bits;
+        bits.fill(value);
+        return bits;
+    };
+    const auto product = [](const std::array<uint16_t, 512>& a, const std::array<uint16_t, 512>& b,
+                            float start) {
+        std::array<float, 256> c;
+        c.fill(start);
+        amx_emulation::load(0, c.data(), 64);
+        amx_emulation::load(1, a.data(), 64);
+        amx_emulation::load(2, b.data(), 64);
+        amx_emulation::dot_bf16(0, 1, 2);
+        amx_emulation::store(0, c.data(), 64);
+        return c;
+    };
+    CHECK_EQ(product(tile_of(0x4000), tile_of(0x4040), 1.0f)[37], 1.0f + 32 * 6.0f);
+    // a denormal factor counts as zero, and so does a denormal in C
+    CHECK_EQ(product(tile_of(0x0001), tile_of(0x7f00), 0.0f)[0], 0.0f);
+    CHECK_EQ(product(tile_of(0x0000), tile_of(0x0000), 1e-40f)[255], 0.0f);
+    // even and odd sums are apart until the end: 2^24 in the even one swallows nothing of the odd
+    auto a = tile_of(0x0000), b = tile_of(0x3f80);
+    for (size_t row = 0; row < 16; ++row) {
+        a[row * 32] = 0x4b80;      // 2^24, even
+        a[row * 32 + 1] = 0x3f80;  // 1, odd, twice: 2^24 + 1 + 1 one by one would stay 2^24
+        a[row * 32 + 3] = 0x3f80;
+    }
+    CHECK_EQ(product(a, b, 0.0f)[0], 16777218.0f);
+}
+
+}  // namespace
+
+int main() {
+    RUN(every_instruction_set_is_right);
+    RUN(bits_do_not_depend_on_portions_or_threads);
+    RUN(callers_at_the_same_time_get_their_own_results);
+    RUN(every_task_runs_once);
+    RUN(sleeping_threads_wake_and_a_pool_ends_at_once);
+    RUN(a_buffer_is_used_again);
+    RUN(the_emulated_tile_product_is_the_documented_one);
+}

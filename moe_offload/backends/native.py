@@ -1,0 +1,170 @@
+"""The package's own CPU kernels: the routed FFN of a layer in a few native calls.
+
+Weights are read where they are, pages in slots or a resident model's parameters, so both give the
+same bits. `csrc/expert_gemm/cpu/kernels.h` says how; `MOE_OFFLOAD_CPU_ISA` forces an instruction
+set, for tests. Bits depend on the instruction set and the dtype, not on threads, slots or arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_offload import _core
+from moe_offload.activations import Activation, recognise
+
+if TYPE_CHECKING:
+    from moe_offload.pager import ExpertPool
+    from moe_offload.pages import PageLayout
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_FLOATS = tuple(DTYPES)
+
+
+class Native:
+    """See the head of this file."""
+
+    name = "native"
+
+    def missing(self) -> str | None:
+        return None  # _core is always built, and its plain path runs everywhere
+
+    def supports(self, module: Any, layout: PageLayout) -> str | None:
+        if module.is_transposed:
+            return "its weights are stored transposed, [K, N]"
+        dtypes = {section.dtype for section in layout.sections}
+        if len(dtypes) > 1:
+            return f"its parameters have several dtypes: {sorted(map(str, dtypes))}"
+        if not dtypes <= set(DTYPES):
+            return f"it has no kernels for {dtypes.pop()}"
+        activation = recognise(module)
+        return activation if isinstance(activation, str) else None
+
+    def bind(self, module: Any, layout: PageLayout, num_experts: int) -> BoundLayer:
+        activation = recognise(module)
+        assert isinstance(activation, Activation), "bind follows a supports() of None"
+        shapes = {section.name: section.shape for section in layout.sections}
+        return BoundLayer(
+            activation,
+            hidden=shapes["down_proj"][0],
+            inner=shapes["down_proj"][1],
+            num_experts=num_experts,
+            dtype=layout.sections[0].dtype,
+            concatenated=getattr(module, "is_concatenated", True),
+        )
+
+
+class BoundLayer:
+    """The native kernels tied to one layer's arithmetic and sizes.
+
+    Args:
+        activation: what `recognise` found.
+        hidden, inner, num_experts: H, F, E.
+        dtype: of the weights; hidden states are converted to it, as grouped_mm does.
+        concatenated: gate and up are two halves of the first projection; else its rows alternate.
+        isa: instruction set, "auto" for the best one.
+    """
+
+    def __init__(
+        self,
+        activation: Activation,
+        hidden: int,
+        inner: int,
+        num_experts: int,
+        dtype: torch.dtype,
+        concatenated: bool = True,
+        isa: str = "auto",
+    ) -> None:
+        self.activation, self.dtype = activation, dtype
+        self.hidden, self.inner, self.num_experts = hidden, inner, num_experts
+        self._concatenated = concatenated
+        self.ffn = _core.ExpertFfn(
+            hidden=hidden,
+            inner=inner,
+            num_experts=num_experts,
+            dtype=DTYPES[dtype],
+            activation=activation.name,
+            gated=activation.gated,
+            alpha=activation.alpha,
+            limit=activation.limit,
+            offset=activation.offset,
+            isa=isa,
+        )
+        self._slab: Tensor | None = None
+        self._slots: _core.FfnWeights | None = None
+
+    def start(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> NativeRun:
+        return NativeRun(self, hidden, topk_ids, topk_weights)
+
+    def slots(self, pool: ExpertPool) -> _core.FfnWeights:
+        """The pool's slots as the kernels address them; worked out again after a resize."""
+        if self._slots is None or self._slab is not pool.slab:
+            self._slots, self._slab = self.weights(pool.views), pool.slab
+        return self._slots
+
+    def weights(self, tensors: Mapping[str, Tensor]) -> _core.FfnWeights:
+        """Parameters [E or S, ...] by name as the kernels address them; rows must be contiguous."""
+        first = "gate_up_proj" if self.activation.gated else "up_proj"
+        gate, up = self._halves(tensors[first])
+        bias, down_bias = tensors.get(f"{first}_bias"), tensors.get("down_proj_bias")
+        gate_bias, up_bias = self._halves(bias) if bias is not None else (None, None)
+        return _core.FfnWeights(
+            up=_view(up),
+            down=_view(tensors["down_proj"]),
+            gate=_view(gate) if gate is not None else None,
+            up_bias=_view(up_bias) if up_bias is not None else None,
+            down_bias=_view(down_bias) if down_bias is not None else None,
+            gate_bias=_view(gate_bias) if gate_bias is not None else None,
+        )
+
+    def _halves(self, both: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Gate and up of a first projection or its bias, [E, 2F, ...] -> [E, F, ...] each."""
+        if not self.activation.gated:
+            return None, both
+        if self._concatenated:
+            return both[:, : self.inner], both[:, self.inner :]
+        return both[:, ::2], both[:, 1::2]
+
+
+def _view(tensor: Tensor) -> tuple[int, int, int]:
+    item = tensor.element_size()
+    assert tensor.dim() == 2 or tensor.stride(2) == 1, "rows of weights must be contiguous"
+    return tensor.data_ptr(), tensor.stride(0) * item, tensor.stride(1) * item
+
+
+class NativeRun:
+    """One call of one layer; keeps what the kernels point at alive."""
+
+    def __init__(
+        self, layer: BoundLayer, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> None:
+        if topk_ids.dtype not in (torch.int64, torch.int32):
+            topk_ids = topk_ids.long()
+        if topk_weights.dtype not in _FLOATS:
+            topk_weights = topk_weights.float()
+        self._layer, self._dtype = layer, hidden.dtype
+        self._hidden = hidden.to(layer.dtype).contiguous()
+        self._ids, self._weights = topk_ids.contiguous(), topk_weights.contiguous()
+        num_tokens, top_k = topk_ids.shape
+        self.run = layer.ffn.start(
+            self._hidden.data_ptr(),
+            self._ids.data_ptr(),
+            self._ids.dtype == torch.int64,
+            self._weights.data_ptr(),
+            DTYPES[self._weights.dtype],
+            num_tokens,
+            top_k,
+            torch.get_num_threads(),
+        )
+        self.experts = self.run.experts
+
+    def compute(self, pool: ExpertPool, ready: Sequence[tuple[int, int]]) -> None:
+        self.run.compute(self._layer.slots(pool), ready)
+
+    def finish(self) -> Tensor:
+        out = torch.empty_like(self._hidden)
+        self.run.finish(out.data_ptr())
+        return out if out.dtype == self._dtype else out.to(self._dtype)

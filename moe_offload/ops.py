@@ -1,0 +1,70 @@
+"""The package's operators for torch's dispatcher: schema, fake kernel, implementations.
+
+Eager code does not come through here (`functional` calls the kernels directly, without the
+dispatcher's cost); `torch.compile` and exporters do, and see one opaque operator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_offload.activations import Activation
+from moe_offload.backends.native import BoundLayer, NativeRun
+
+torch.library.define(
+    "moe_offload::expert_ffn",
+    "(Tensor hidden, Tensor gate_up, Tensor down, Tensor topk_ids, Tensor topk_weights, "
+    "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, float alpha, "
+    "float limit, float offset, str isa) -> Tensor",
+)
+
+
+@torch.library.impl("moe_offload::expert_ffn", "cpu")
+def _expert_ffn_op(
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    alpha: float,
+    limit: float,
+    offset: float,
+    isa: str,
+) -> Tensor:
+    act = Activation(activation, gated, alpha, limit, offset)
+    return expert_ffn_cpu(
+        hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias, isa
+    )
+
+
+@torch.library.register_fake("moe_offload::expert_ffn")
+def _expert_ffn_fake(hidden: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def expert_ffn_cpu(
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: Activation,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    isa: str = "auto",
+) -> Tensor:
+    """The native CPU kernels on whole weights. Arguments are trusted; see `functional`."""
+    num_experts, hidden_size, inner = down.shape
+    layer = BoundLayer(activation, hidden_size, inner, num_experts, down.dtype, isa=isa)
+    first = "gate_up_proj" if activation.gated else "up_proj"
+    tensors = {first: gate_up, "down_proj": down}
+    if gate_up_bias is not None and down_bias is not None:
+        tensors |= {f"{first}_bias": gate_up_bias, "down_proj_bias": down_bias}
+    call = NativeRun(layer, hidden, topk_ids, topk_weights)
+    call.run.compute_all(layer.weights(tensors))
+    return call.finish()
