@@ -91,7 +91,42 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt", action="append", metavar="TEXT", help="may be given several times"
     )
     verify.add_argument("--max-new-tokens", type=_count, default=16, metavar="N")
+    _add_ablate(
+        add(
+            "ablate",
+            "the same prompts with each predictor and without",
+            "Generate with each predictor, without one and with an oracle, compare every token, "
+            "and print what each saved, wasted and cost.",
+        )
+    )
     return parser
+
+
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument(
+        "--predictor",
+        action="append",
+        metavar="P",
+        help="a name or the folder of "
+        "a trained predictor; may be given several times (all that fit MODEL)",
+    )
+    parser.add_argument(
+        "--policy",
+        choices=LIVE_POLICIES,
+        default="lru",
+        metavar="POLICY",
+        help="which expert leaves (lru)",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="may be given several times (packaged prompts)",
+    )
+    parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="(64)")
+    parser.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each (3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +254,16 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if report["works"] else FAILED
 
 
+def _ablate(args: argparse.Namespace) -> int:
+    from moe_offload.ablation import command
+    from moe_offload.config import OffloadConfig
+
+    OffloadConfig(device_budget=args.device_budget)
+    return command(args)
+
+
 _COMMANDS = {
+    "ablate": _ablate,
     "demo": _demo,
     "doctor": _doctor,
     "generate": _generate,

@@ -50,6 +50,7 @@ def save_predictor(
     }
     about = {"kind": kind, "shape": shape, "training": training}
     save_file(stored, str(folder / FILE), metadata={_KEY: json.dumps(about)})
+    (folder / FILE).chmod(0o644)  # safetensors writes files for their owner only
     (folder / CARD).write_text(card)
     return folder / FILE
 

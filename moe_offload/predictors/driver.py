@@ -8,6 +8,8 @@ How many: what fits into the time until the layer needs it. That time is measure
 a miss costs (stall per missed page); their ratio is the budget of one event, most probable pages
 and nearest layers first. What a newer prediction no longer names is cancelled.
 
+Policies that evict by predicted next use are told every prediction, prefetched or not.
+
 Everything runs in the model's thread, after the layer's own misses were requested; the copies run
 in the pager's threads, behind every demand.
 """
@@ -28,6 +30,9 @@ from moe_offload.predictors.metrics import LiveRecall
 
 if TYPE_CHECKING:
     from moe_offload.offloader import Offloader
+
+
+_FORESEEING = ("forecast", "predictive")  # policies that evict by predicted next use
 
 
 class PrefetchDriver:
@@ -54,6 +59,7 @@ class PrefetchDriver:
         max_rows: int = 64,
     ) -> None:
         self.predictor, self.threshold, self.max_rows = predictor, threshold, max_rows
+        self._tells_policy = offloader.config.policy in _FORESEEING
         self._handles = [offloader.handle(i) for i in range(len(offloader.layers))]
         experts = [layer.num_experts for layer in offloader.layers]
         self.facts = facts_of(model, experts, [layer.name for layer in offloader.layers])
@@ -148,6 +154,9 @@ class PrefetchDriver:
         for layer, scores in predictions:
             asked = _Asked(f"{moment}+{layer - now}" if now >= 0 else moment, scores)
             self._asked.setdefault(layer, []).append(asked)
+            if self._tells_policy:
+                pool, local = self._pools[layer]
+                pool.pager.predict(local, asked.order, [asked.score[e] for e in asked.order])
             if now < 0:
                 self._standing[layer] = asked  # its turn comes
             else:

@@ -39,13 +39,22 @@ class RecallMeter:
     def _per_token(self) -> tuple[int, int]:
         return self.top_k, self.top_k + self.extra
 
-    def add_step(self, scores: np.ndarray, truth: np.ndarray) -> None:
-        """One step: scores [B, L, E] (any monotone measure), truth [B, L, E] bool."""
+    def add_tokens(self, scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Tokens that need not share a step: scores [R, L, E], truth [R, L, E] bool.
+
+        Returns:
+            [R, L, E] experts, most probable first.
+        """
         self.tokens += len(scores)
-        ranked = np.argsort(-scores, axis=-1, kind="stable")  # [B, L, E]
+        ranked = np.argsort(-scores, axis=-1, kind="stable")
         hits = np.take_along_axis(truth, ranked, -1)
         for k in self._per_token():
             self._found[k] += hits[..., :k].sum((0, 2)) / self.top_k
+        return ranked
+
+    def add_step(self, scores: np.ndarray, truth: np.ndarray) -> None:
+        """The tokens of one step, one of each sequence: also counted as batches of 1, 4, 16."""
+        ranked = self.add_tokens(scores, truth)
         for size in (1, 4, 16):
             for begin in range(0, len(scores) - size + 1, size):
                 part = slice(begin, begin + size)
