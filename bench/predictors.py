@@ -61,10 +61,10 @@ def rpp_step_us(folder: Path, batch: int = 1, context: int = 128) -> float:
     import torch
 
     from moe_offload.predictors.artefact import load_predictor
-    from moe_offload.predictors.rpp_model import RppSession
+    from moe_offload.predictors.rpp_session import RppDecoder, RppSession
 
     model = load_predictor(folder).model  # type: ignore[attr-defined]
-    session = RppSession(model, torch.zeros(batch, 64, dtype=torch.int64))
+    session = RppSession(RppDecoder(model), torch.zeros(batch, 64, dtype=torch.int64))
     token = torch.zeros(batch, dtype=torch.int64)
     for _ in range(context):
         session.step(token)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from moe_offload.errors import PredictorError
 from moe_offload.predictors.artefact import check_fits, load_weights
 from moe_offload.predictors.base import ModelFacts, Prediction, Predictions, Predictor
-from moe_offload.predictors.rpp_model import RppConfig, RppModel, RppSession
+from moe_offload.predictors.rpp_model import RppConfig, RppModel
+from moe_offload.predictors.rpp_session import RppDecoder, RppSession
 
 if TYPE_CHECKING:
     from moe_offload.huggingface.observe import ModelCall
@@ -35,6 +37,7 @@ class RoutingPathPredictor(Predictor):
 
     def __init__(self, model: RppModel, source: str = "rpp") -> None:
         self.model = model.eval()
+        self._decoder = RppDecoder(model)
         self._source = source
         self._session: RppSession | None = None
         self._history: list[Tensor] = []  # [B, T] of each call since position 0
@@ -75,11 +78,12 @@ class RoutingPathPredictor(Predictor):
             keep = self._keep
             if keep is not None and keep.shape[1] < tokens.shape[1]:
                 keep = nn.functional.pad(keep, (0, tokens.shape[1] - keep.shape[1]), value=True)
-            self._session = RppSession(self.model, tokens, keep)
+            self._session = RppSession(self._decoder, tokens, keep)
             return ()
         assert self._session is not None, "a sequence begins with a prompt"
-        chances = self._session.step(ids[:, 0]).sigmoid().transpose(0, 1).numpy()  # [L, B, E]
-        return [Prediction(layer, scores) for layer, scores in enumerate(chances)]
+        logits = self._session.step(ids[:, 0])  # [B, L, E]
+        chances = 1 / (1 + np.exp(np.minimum(-logits, 80)))
+        return [Prediction(layer, chances[:, layer]) for layer in range(logits.shape[1])]
 
     def _follows(self, call: ModelCall) -> bool:
         """Is this call the continuation of the sequences we have read?"""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moe_offload.errors import PredictorError
 
 _NUM_BUCKETS, _MAX_DISTANCE = 32, 128
+_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class RppModel(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)  # both sides, as in T5
         self.encoder = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
-        self.encoder_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.encoder_norm = nn.RMSNorm(config.d_model, eps=_EPS)
         self.decoder = nn.ModuleList(_DecoderBlock(config) for _ in range(config.num_blocks))
-        self.decoder_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.decoder_norm = nn.RMSNorm(config.d_model, eps=_EPS)
         # one table per side, shared by its blocks
         self.encoder_positions = nn.Embedding(_NUM_BUCKETS, config.num_heads)
         self.decoder_positions = nn.Embedding(_NUM_BUCKETS, config.num_heads)
@@ -164,9 +165,9 @@ class _Block(nn.Module):
 
     def __init__(self, config: RppConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.norm = nn.RMSNorm(config.d_model, eps=_EPS)
         self.attention = _Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=_EPS)
         self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
@@ -186,7 +187,7 @@ class _DecoderBlock(_Block):
 
     def __init__(self, config: RppConfig) -> None:
         super().__init__(config)
-        self.cross_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.cross_norm = nn.RMSNorm(config.d_model, eps=_EPS)
         self.cross = _Attention(config)
 
     def read(self, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,87 +200,12 @@ class _DecoderBlock(_Block):
         bias: Tensor,
         memory: tuple[Tensor, Tensor],
         memory_bias: Tensor | None,
-        past: KeysValues | None = None,
     ) -> Tensor:
-        """[B, N, d_model] -> same. `past` holds the keys and values of earlier calls."""
+        """[B, N, d_model] -> same."""
         normed = self.norm(hidden)
-        keys_values = self.attention.keys_values(normed)
-        if past is not None:
-            keys_values = past.append(*keys_values)
-        hidden = hidden + self.attention(normed, keys_values, bias)
+        hidden = hidden + self.attention(normed, self.attention.keys_values(normed), bias)
         hidden = hidden + self.cross(self.cross_norm(hidden), memory, memory_bias)
         return self.feed_forward(hidden)
-
-
-class KeysValues:
-    """Keys and values of the tokens so far, room for `capacity`; the older half leaves when full.
-
-    Dropping the older half shifts no distance, so what remains is exactly the attention over the
-    tokens still held.
-    """
-
-    def __init__(self, batch: int, config: RppConfig) -> None:
-        shape = (2, batch, config.num_heads, config.max_decoded, config.d_kv)
-        self._data = torch.zeros(shape)
-        self.length = 0
-
-    def make_room(self, count: int) -> None:
-        """Drop the older half when `count` further tokens do not fit."""
-        capacity = self._data.shape[3]
-        if self.length + count > capacity:
-            kept = min(self.length, capacity // 2, capacity - count)
-            start = self.length - kept
-            self._data[:, :, :, :kept] = self._data[:, :, :, start : self.length].clone()
-            self.length = kept
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + keys.shape[2]
-        self._data[0, :, :, self.length : end] = keys
-        self._data[1, :, :, self.length : end] = values
-        self.length = end
-        return self._data[0, :, :, :end], self._data[1, :, :, :end]
-
-
-class RppSession:
-    """Incremental use: read a prompt once, then one decoder step per token.
-
-    Cost of a step: 2 x (decoder parameters + head) FLOPs, 0.94 MFLOP at the default shape, and
-    attention over what was generated. Logits equal those of `RppModel.forward` on the whole
-    sequence, up to rounding.
-    """
-
-    def __init__(self, model: RppModel, prompt: Tensor, keep: Tensor | None = None) -> None:
-        """`prompt` [B, P] ids, of which the last `max_prompt` are read; keep [B, P] bool."""
-        self._model = model
-        config = model.config
-        prompt = prompt[:, -config.max_prompt :]
-        self._memory_bias = None
-        if keep is not None:
-            keep = keep[:, -config.max_prompt :]
-            self._memory_bias = _hide(~keep[:, None, None, :])
-        with torch.inference_mode():
-            memory = model.encode(prompt, keep)
-            self._memory = [block.read(memory) for block in model.decoder_blocks()]
-            self._past = [KeysValues(prompt.shape[0], config) for _ in model.decoder]
-            distances = torch.arange(config.max_decoded - 1, -1, -1)
-            # [heads, max_decoded], the last column is distance 0
-            self._bias = model.decoder_positions(_buckets(-distances, both_ways=False)).t()
-
-    @property
-    def batch(self) -> int:
-        return self._memory[0][0].shape[0]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """[B] ids just generated -> logits [B, L, E] of the routing while they are fed."""
-        with torch.inference_mode():
-            for past in self._past:
-                past.make_room(1)
-            bias = self._bias[:, None, self._bias.shape[1] - self._past[0].length - 1 :]
-            hidden = self._model.embed(tokens[:, None])
-            layers = zip(self._model.decoder, self._memory, self._past, strict=True)
-            for block, memory, past in layers:
-                hidden = block(hidden, bias, memory, self._memory_bias, past)
-            return self._model.logits(hidden[:, 0], tokens)
 
 
 def _hide(hidden: Tensor) -> Tensor:
