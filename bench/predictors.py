@@ -2,8 +2,8 @@
 
     python bench/predictors.py [--checkpoint FOLDER] [--trained FOLDER ...]
 
-For budgets of 25 % and 50 %, batches of 1 and 4 sequences: no predictor, each predictor and an
-oracle, interleaved, tokens compared first. Beside the rows stands the bound they work under: how
+At a budget of 25 %, batches of 1 and 4 sequences: no predictor, each predictor and an oracle,
+interleaved, tokens compared first. Beside the rows stands the bound they work under: how
 long a layer takes without stalls, what a missed page costs, how many pages fit behind one layer.
 `--checkpoint` adds a model whose pages are large, so that reading them rules everything.
 `--trained` names folders of predictors of other models (a gpt-oss-20b trace, say): their recall on
@@ -20,8 +20,8 @@ from typing import Any
 
 from harness import environment, machine_name, pin_to_cores, print_table, save
 
-BUDGETS, BATCHES = ("25%", "50%"), (1, 4)
-NEW_TOKENS, REPEATS = 64, 3
+BUDGETS, BATCHES = ("25%",), (1, 4)
+NEW_TOKENS, REPEATS = 48, 3
 COLUMNS = {
     "predictor": "predictor",
     "recall_at_top_k": "recall@A",
