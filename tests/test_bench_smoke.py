@@ -72,10 +72,14 @@ def test_wrong_tokens_print_no_time(report) -> None:
 
     right, wrong = [{"tokens": [1, 2, 3]}], [{"tokens": [1, 2, 4]}]
     quarter = Comparison("25%", 0, {}, turns={report.PAGED: right, report.ACCELERATE: right})
-    whole = Comparison("100%", 0, {}, turns={report.FULL: right, report.RESIDENT: right})
+    resident = [{"tokens": [1, 2, 3], "same_kernel_tokens": [1, 2, 3]}]
+    whole = Comparison("100%", 0, {}, turns={report.FULL: right, report.RESIDENT: resident})
     assert report.check_tokens([quarter, whole]) == 9
     quarter.turns[report.PAGED] = wrong
     with pytest.raises(SystemExit, match=r"WRONG TOKENS.*moe_offload 25%, prompt 0"):
+        report.check_tokens([quarter, whole])
+    resident[0]["same_kernel_tokens"] = [1, 2, 4]  # what moe_offload is held to, and only it
+    with pytest.raises(SystemExit, match=r"WRONG TOKENS.*moe_offload 100%, prompt 0"):
         report.check_tokens([quarter, whole])
 
 
