@@ -16,6 +16,7 @@
 #include "paging/make_copy_engine.h"
 #include "paging/memory_source.h"
 #include "paging/pager.h"
+#include "paging/policies/path_predictor.h"
 
 namespace py = pybind11;
 using namespace moe_offload;
@@ -270,6 +271,16 @@ PYBIND11_MODULE(_core, m) {
             py::gil_scoped_release release;
             self.close();
         });
+
+    py::class_<PathPredictor>(m, "PathPredictor")
+        .def(py::init<std::vector<int32_t>>(), "num_experts"_a)
+        .def(
+            "observe",
+            [](PathPredictor& self, int32_t layer, const std::vector<int32_t>& experts) {
+                self.observe(layer, experts);
+            },
+            "layer"_a, "experts"_a)
+        .def("predict", &PathPredictor::predict, "layer"_a);
 
     py::class_<Pager, std::shared_ptr<Pager>>(m, "Pager")
         .def(py::init(&make_pager), py::kw_only(), "source"_a, "num_experts"_a, "layer_names"_a,

@@ -80,7 +80,7 @@ class OffloadConfig:
         policy: which resident page leaves first: "lru" over all layers, "lru-per-layer", "lfu",
             "static", "score", "auto", ...: a name in `moe_offload.policies.LIVE_POLICIES`.
         predictor: what is fetched ahead of need: "none", "auto" (what the measurements in
-            docs/predictors.md say pays, at present nothing), "previous", "lookahead",
+            docs/predictors.md say pays, at present nothing), "previous", "recall", "lookahead",
             "lookahead-2", "lookahead-3", the folder of a trained predictor, or a `Predictor`.
             It never changes a token.
         static_experts: for policy "static", the (layer, expert) pairs that stay. Default: the

@@ -24,6 +24,7 @@ from moe_offload.predictors.chances import Chances
 from moe_offload.predictors.oracle import CallRecorder, Oracle
 from moe_offload.predictors.preattention import PreAttention
 from moe_offload.predictors.previous import PreviousToken
+from moe_offload.predictors.recall import Recall
 from moe_offload.predictors.rpp import RoutingPathPredictor
 from moe_offload.predictors.rpp_model import RppConfig, RppModel
 from moe_offload.predictors.rpp_session import RppDecoder, RppSession
@@ -79,6 +80,7 @@ class Everything(Predictor):
 def all_predictors(num_layers: int, calls) -> dict[str, Callable[[], Predictor]]:
     return {
         "previous": PreviousToken,
+        "recall": lambda: Recall(depth=2),
         "lookahead": lambda: make_predictor("lookahead"),
         "lookahead-3": lambda: make_predictor("lookahead-3"),
         "preattention": lambda: random_preattention(num_layers),
@@ -199,6 +201,45 @@ def test_previous_predicts_what_the_last_token_used() -> None:
     assert prediction.scores.tolist() == [[0.5, 0.5, 0.25, 0.25], [0.25, 0, 0.5, 0.75]]
 
 
+def test_recall_predicts_what_followed_when_the_routing_was_the_same() -> None:
+    class Call:
+        batch, length = 1, 1
+
+    predictor = Recall()
+    predictor.bind(torch.nn.Module(), ModelFacts((8, 8), 2, 10, ("a", "b")))
+    assert list(predictor.token_known(Call())) == []
+    text = [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[2, 6], [0, 4]]]  # three tokens, two layers
+    for _ in range(20):
+        for token in text:
+            for layer, ids in enumerate(token):
+                said = predictor.layer_routed(layer, torch.tensor([ids]), torch.ones(1, 2))
+    for now, after in ((0, 1), (1, 2)):
+        (prediction,) = predictor.layer_routed(0, torch.tensor([text[now][0]]), torch.ones(1, 2))
+        assert prediction.layer == 1
+        assert sorted(prediction.scores[0].argsort()[-2:].tolist()) == text[now][1]
+        assert prediction.scores.max() > 0.5 > np.sort(prediction.scores[0])[-3]
+        assert list(predictor.layer_routed(1, torch.tensor([text[now][1]]), torch.ones(1, 2))) == []
+        (prediction,) = predictor.token_known(Call())
+        assert prediction.layer == 0
+        assert sorted(prediction.scores[0].argsort()[-2:].tolist()) == text[after][0]
+    assert said == []
+
+
+def test_recall_joins_the_tokens_of_a_batch() -> None:
+    predictor = Recall()
+    predictor.bind(torch.nn.Module(), ModelFacts((8, 8), 1, 10, ("a", "b")))
+    for _ in range(20):
+        for layer, ids in enumerate(([[0], [1], [0]], [[3], [4], [4]])):
+            said = predictor.layer_routed(layer, torch.tensor(ids), torch.ones(3, 1))
+    (prediction,) = predictor.layer_routed(0, torch.tensor([[0], [1], [0]]), torch.ones(3, 1))
+    assert prediction.scores.shape == (3, 8)
+    any_token = 1 - np.prod(1 - prediction.scores, axis=0)
+    assert (any_token[[3, 4]] > 0.9).all()
+    assert said == []
+    with pytest.raises(ValueError, match=r"depth must be >= 1, got 0"):
+        Recall(depth=0)
+
+
 def test_chances_follow_what_happens_and_fade() -> None:
     chances = Chances()
     assert chances.chance(0.9) > 0.8
@@ -266,7 +307,7 @@ def test_rpp_follows_a_sequence_and_gives_up_when_it_lost_it() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("lookback", "expected one of none, auto, previous, lookahead"),
+        ("lookback", "expected one of none, auto, previous, recall, lookahead"),
         (3, "got 3"),
         ("tests", "there is no file tests/predictor.safetensors"),
         ("setup.py", "setup.py is not a safetensors file"),

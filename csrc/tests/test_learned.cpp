@@ -1,6 +1,7 @@
 // The path memory and the forecast against slow definitions; `learned` and `auto` as caches.
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <map>
 #include <random>
 #include <set>
@@ -9,6 +10,7 @@
 #include "paging/policies/leader.h"
 #include "paging/policies/learned.h"
 #include "paging/policies/path_memory.h"
+#include "paging/policies/path_predictor.h"
 #include "paging/slot_table.h"
 
 using namespace moe_offload;
@@ -171,17 +173,14 @@ void learned_recognises_repeated_text() {
 
 // Also when nothing can be learned, when requests stream, and at the first passes.
 void auto_is_not_worse_than_lru() {
-    for (const size_t slots : {8u, 16u, 32u, 48u})
-        for (const size_t per_layer : {1u, 2u, 8u, 15u}) {
-            for (const Trace& trace :
-                 {noise(7, 400, per_layer), text(9, 400, std::min<size_t>(per_layer, 8))}) {
-                const auto lru = replay(trace, "lru", slots);
-                const auto layered = replay(trace, "lru-per-layer", slots);
-                const auto best = std::min(total(lru), total(layered));
-                // Three standard deviations of a count, which is what choosing by counts can cost.
-                CHECK(double(total(replay(trace, "auto", slots))) <=
-                      double(best) + 3.0 * std::sqrt(double(best)) + 8.0);
-            }
+    for (const size_t slots : {8u, 16u, 48u})
+        for (const Trace& trace : {noise(7, 150, 1), noise(7, 150, 8), noise(7, 150, 15),
+                                   text(9, 150, 2), text(9, 150, 8)}) {
+            const size_t lru = total(replay(trace, "lru", slots));
+            const size_t layered = total(replay(trace, "lru-per-layer", slots));
+            const double best = double(std::min(lru, layered));
+            // Three standard deviations of a count, which is what choosing by counts can cost.
+            CHECK(double(total(replay(trace, "auto", slots))) <= best + 3.0 * std::sqrt(best));
         }
 }
 
@@ -223,6 +222,56 @@ void auto_begins_as_an_lru_and_hands_over() {
     CHECK_EQ(leader.leading(), std::string("learned"));
 }
 
+// A prefetched page is worth nothing to the forecast, and yet it waits for its layer.
+void prefetched_pages_stay_until_their_layer_is_routed() {
+    for (const char* name : {"learned", "auto"}) {
+        const PolicySetting setting = setting_of(2, 4, 4);
+        SlotTable table(setting.num_pages(), 4, make_policy(name, setting));
+        for (int pass = 0; pass < 50; ++pass) {
+            serve(table, 0, {0, 1}, 2);
+            serve(table, 1, {4, 5}, 2);
+        }
+        serve(table, 0, {0}, 2);
+        CHECK(table.place(7, nullptr, false).has_value());
+        serve(table, 0, {2, 3}, 2);  // a new pass; both need slots
+        CHECK(table.slot_of(7) != kNoSlot);
+        serve(table, 1, {4, 6}, 2);  // routed without it: the first to leave
+        serve(table, 0, {0, 1}, 2);
+        serve(table, 1, {5}, 2);
+        CHECK_EQ(table.slot_of(7), kNoSlot);
+    }
+}
+
+void path_predictor_names_what_followed() {
+    PathPredictor predictor({8, 8});
+    const Trace trace = text(17, 400);
+    PathPredictor words(std::vector<int32_t>(size_t(trace.layers), trace.experts));
+    size_t found = 0, named = 0, used = 0;
+    for (size_t t = 0; t < trace.passes.size(); ++t)
+        for (int32_t layer = 0; layer < trace.layers; ++layer) {
+            const auto& experts = trace.passes[t][size_t(layer)];
+            const auto chances = words.predict(layer);
+            CHECK_EQ(chances.size(), size_t(trace.experts));
+            if (t >= 300 && layer > 0)
+                for (size_t expert = 0; expert < chances.size(); ++expert) {
+                    CHECK(chances[expert] >= 0.0F && chances[expert] <= 1.0F);
+                    const bool is_used = std::count(experts.begin(), experts.end(), expert) > 0;
+                    used += is_used;
+                    named += chances[expert] > 0.5F;
+                    found += is_used && chances[expert] > 0.5F;
+                }
+            const std::vector<int32_t> ids(experts.begin(), experts.end());
+            words.observe(layer, ids);
+        }
+    CHECK(found * 10 > used * 8);
+    CHECK(found * 10 > named * 8);
+    const std::vector<int32_t> bad{8};
+    CHECK_THROWS(std::invalid_argument, "layer 1 has experts [0, 8), got 8",
+                 predictor.observe(1, bad));
+    CHECK_THROWS(std::invalid_argument, "a layer in [0, 2), got 2", predictor.predict(2));
+    CHECK_THROWS(std::invalid_argument, "at least one expert", PathPredictor({}));
+}
+
 }  // namespace
 
 int main() {
@@ -232,4 +281,6 @@ int main() {
     RUN(the_same_requests_bring_the_same_decisions);
     RUN(a_prompt_that_uses_every_expert_teaches_nothing);
     RUN(auto_begins_as_an_lru_and_hands_over);
+    RUN(prefetched_pages_stay_until_their_layer_is_routed);
+    RUN(path_predictor_names_what_followed);
 }

@@ -3,6 +3,7 @@
 | name | what it looks at |
 | --- | --- |
 | `previous` | what the previous token used |
+| `recall` | what followed the most similar passes of the past |
 | `lookahead`, `lookahead-2`, `lookahead-3` | the next layers' own routers on the present state |
 | folder of a trained `preattention` | the layer's input, before its attention |
 | folder of a trained `rpp` | the token sequence (ExpertFlow's Routing Path Predictor) |
@@ -22,7 +23,7 @@ from moe_offload.errors import PredictorError
 if TYPE_CHECKING:
     from moe_offload.predictors.base import Predictor
 
-_NAMES = ("none", "auto", "previous", "lookahead", "lookahead-2", "lookahead-3")
+_NAMES = ("none", "auto", "previous", "recall", "lookahead", "lookahead-2", "lookahead-3")
 # What "auto" means: see docs/predictors.md for the measurements behind it.
 AUTO = "none"
 
@@ -61,6 +62,10 @@ def make_predictor(spec: Any) -> Predictor | None:
         from moe_offload.predictors.previous import PreviousToken
 
         return PreviousToken()
+    if name == "recall":
+        from moe_offload.predictors.recall import Recall
+
+        return Recall()
     if name in _NAMES:
         from moe_offload.predictors.lookahead import GateLookahead
 

@@ -5,17 +5,18 @@
 namespace moe_offload {
 namespace {
 
-// Passes after which a miss counts half: short enough to leave a policy that stopped working within
-// a paragraph.
-constexpr double kHalfLife = 128.0;
-// A challenger must be better by this many square roots of the leader's misses, about the noise of
-// a count: a tie does not make the cache change sides.
-constexpr double kMargin = 2.0;
+// Passes after which a miss counts half: short enough to leave a policy that
+// stopped working within a paragraph.
+constexpr double kHalfLife = 64.0;
+// A challenger must be better by this many square roots of the leader's misses,
+// about the noise of a count: a tie does not make the cache change sides.
+constexpr double kMargin = 3.0;
 
 }  // namespace
 
 Leader::Leader(const PolicySetting& setting)
-    : Ranked(setting), admit_limit_(default_admit_limit(setting.num_slots, setting.num_layers())) {
+    : KeepsPrefetched(setting),
+      admit_limit_(default_admit_limit(setting.num_slots, setting.num_layers())) {
     // In this order: a tie at the start goes to the first.
     for (const char* name : {"lru-per-layer", "lru", "learned"}) {
         auto policy = make_policy(name, setting);
@@ -53,7 +54,7 @@ size_t Leader::run(SlotTable& shadow, const LayerRequest& given) {
 }
 
 void Leader::request(const LayerRequest& request) {
-    Ranked::request(request);
+    KeepsPrefetched::request(request);
     for (Candidate& candidate : candidates_)
         candidate.misses += double(run(*candidate.shadow, request));
     if (request.step == step_) return;
@@ -70,8 +71,8 @@ void Leader::sequence_begins() {
     for (Candidate& candidate : candidates_) candidate.shadow->policy().sequence_begins();
 }
 
-double Leader::worth(PageIndex page) const {
-    return (holds(page) ? 1e6 : 0.0) + learned_->worth(page);
+double Leader::demand_worth(PageIndex page) const {
+    return (holds(page) ? 1e6 : 0.0) + double(learned_->forecast(page));
 }
 
 }  // namespace moe_offload

@@ -17,17 +17,12 @@
 
 namespace moe_offload {
 
-class Leader final : public Ranked {
+class Leader final : public KeepsPrefetched {
   public:
     explicit Leader(const PolicySetting& setting);
     ~Leader() override;
     void request(const LayerRequest& request) override;
     void sequence_begins() override;
-    double worth(PageIndex page) const override;
-    bool chooses() const override { return true; }
-    // A missed page that the leader does not hold either may take the place of another such: it
-    // need not wait for a slot to pass through then.
-    bool admits(PageIndex, PageIndex victim) const override { return !holds(victim); }
     bool evicts_hits() const override { return true; }
     // A second slot would be one that the leader kept.
     size_t smallest_share(size_t) const override { return 1; }
@@ -35,6 +30,11 @@ class Leader final : public Ranked {
     const std::string& leading() const { return candidates_[leader_].name; }
 
   private:
+    double demand_worth(PageIndex page) const override;
+    // A missed page that the leader does not hold either may take the place of
+    // another such: it need not wait for a slot to pass through then.
+    bool demand_admits(PageIndex, PageIndex victim) const override { return !holds(victim); }
+
     struct Candidate {
         std::string name;
         std::unique_ptr<SlotTable> shadow;

@@ -7,11 +7,11 @@
 namespace moe_offload {
 namespace {
 
-// Each of these is flat around its value: doubling or halving it moves no real trace by more than
-// 2 points of the gap that the policy closes (docs/policies.md).
+// Each of these is flat around its value: doubling or halving it moves no real
+// trace by more than 2 points of the gap that the policy closes
+// (docs/policies.md).
 constexpr size_t kPassesRemembered = 4096;
 constexpr size_t kNeighbours = 16;
-constexpr double kSharpness = 0.4;  // weight of a neighbour falls by e per 1 / 0.4 layers' worth
 constexpr float kAverageWeight = 0.3F;  // of the 20-visit average, in neighbours
 constexpr double kPassDiscount = 0.8;
 constexpr uint64_t kSamplePeriod = 5;  // one layer call in five is learned from
@@ -19,16 +19,12 @@ constexpr uint64_t kSolvePeriod = 4;   // passes
 constexpr double kForget = 0.998;      // per solve: half forgotten after 1 400 passes
 constexpr double kPriorStrength = 10.0;
 
-// Before anything is known: an even mixture of the averages and of the continuations.
+// Before anything is known: an even mixture of the averages and of the
+// continuations.
 constexpr float prior(size_t feature) {
     constexpr size_t kAverages = UseForecast::kHalfLives.size();
     if (feature == 0 || feature == kAverages + 1) return 0.0F;
     return feature <= kAverages ? 0.5F / kAverages : 0.3F;
-}
-
-// A request of nearly all experts of a layer (a prompt) says nothing about any of them.
-bool is_informative(size_t num_pages, size_t num_experts) {
-    return num_pages * 16 <= num_experts * 15;
 }
 
 }  // namespace
@@ -106,15 +102,15 @@ void UseForecast::average(size_t layer, std::span<const PageIndex> pages) {
     }
 }
 
-// How often each expert was used within 1, 3, 8 visits after the passes most like this one.
+// How often each expert was used within 1, 3, 8 visits after the passes most
+// like this one.
 void UseForecast::look_up(size_t layer, size_t num_pages) {
     std::fill(continued_.begin(), continued_.end(), 0.0F);
     const auto neighbours = memory_.nearest(kNeighbours);
     std::array<float, kAhead.size()> total{};
-    const double scale = kSharpness / double(PathMemory::kUnit * std::max<size_t>(num_pages, 1));
     for (const auto& neighbour : neighbours) {
-        const double behind = double(neighbours[0].similarity) - double(neighbour.similarity);
-        const auto weight = static_cast<float>(std::exp(-scale * behind));
+        const float weight =
+            neighbour_weight(neighbours[0].similarity - neighbour.similarity, num_pages);
         const size_t last = std::min<size_t>(kHorizon, neighbour.age);
         for (size_t word = 0; word < memory_.words(); ++word) {
             uint64_t seen = 0;
@@ -166,8 +162,8 @@ void UseForecast::score(size_t layer) {
     waiting_since_[row] = sampled ? pass_ + 1 : 0;
 }
 
-// (moments + s I) weights = correlations + s prior, by elimination: the matrix is positive
-// definite.
+// (moments + s I) weights = correlations + s prior, by elimination: the matrix
+// is positive definite.
 void UseForecast::solve() {
     std::array<std::array<double, kFeatures + 1>, kFeatures> system;
     for (size_t i = 0; i < kFeatures; ++i) {

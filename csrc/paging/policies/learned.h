@@ -13,6 +13,7 @@
 // never a slot, so a replay decides as the live pager did.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "path_memory.h"
@@ -20,7 +21,8 @@
 
 namespace moe_offload {
 
-// The forecast, apart from any cache: what every page is worth after the requests so far.
+// The forecast, apart from any cache: what every page is worth after the
+// requests so far.
 class UseForecast {
   public:
     explicit UseForecast(const PolicySetting& setting);
@@ -65,26 +67,69 @@ class UseForecast {
     std::array<float, kFeatures> weights_{};
 };
 
-class Learned final : public Ranked {
+// What `learned` and `auto` have in common as caches: a prefetched page is
+// taken in whatever its worth, for somebody predicted its use more closely than
+// we can, and stays until its layer is routed.
+class KeepsPrefetched : public Ranked {
   public:
-    explicit Learned(const PolicySetting& setting)
-        : Ranked(setting), forecast_(setting), slots_(setting.num_slots) {}
+    explicit KeepsPrefetched(const PolicySetting& setting)
+        : Ranked(setting), asked_(setting.num_pages(), 0), ahead_(setting.num_pages(), false) {}
     void request(const LayerRequest& request) override {
         Ranked::request(request);
-        forecast_.request(request);
-        // A request of more pages than a layer's share of the slots streams; the best of it stay.
-        // A smaller one is kept whole: what is worth nothing is the next to leave, and its pages
-        // need not wait for one another's slots.
-        streams_ = request.pages.size() * static_cast<size_t>(num_layers_) > slots_;
+        ++serial_;
+        for (const PageIndex page : request.pages) asked_[page] = serial_;
+        const PageIndex first = static_cast<PageIndex>(request.layer) * stride_;
+        std::fill_n(ahead_.begin() + first, stride_, false);
     }
-    double worth(PageIndex page) const override { return double(forecast_.worth(page)); }
+    void insert(PageIndex page) override {
+        Ranked::insert(page);
+        ahead_[page] = asked_[page] != serial_;
+    }
+    void erase(PageIndex page) override {
+        Ranked::erase(page);
+        ahead_[page] = false;
+    }
+    double worth(PageIndex page) const final {
+        return (ahead_[page] ? 1e9 : 0.0) + demand_worth(page);
+    }
     bool chooses() const override { return true; }
-    bool admits(PageIndex incoming, PageIndex victim) const override {
-        return !streams_ || Ranked::admits(incoming, victim);
+    bool admits(PageIndex incoming, PageIndex victim) const final {
+        if (ahead_[victim]) return false;
+        return asked_[incoming] != serial_ || demand_admits(incoming, victim);
     }
-    bool evicts_hits() const override { return streams_; }
+
+  protected:
+    virtual double demand_worth(PageIndex page) const = 0;
+    virtual bool demand_admits(PageIndex incoming, PageIndex victim) const = 0;
 
   private:
+    uint64_t serial_ = 0;
+    std::vector<uint64_t> asked_;  // [pages] serial of the last request that named it
+    std::vector<bool> ahead_;      // [pages] resident by prefetch, its layer not routed since
+};
+
+class Learned final : public KeepsPrefetched {
+  public:
+    explicit Learned(const PolicySetting& setting)
+        : KeepsPrefetched(setting), forecast_(setting), slots_(setting.num_slots) {}
+    void request(const LayerRequest& request) override {
+        KeepsPrefetched::request(request);
+        forecast_.request(request);
+        // A request of more pages than a layer's share of the slots streams; the
+        // best of it stay. A smaller one is kept whole: what is worth nothing is
+        // the next to leave, and its pages need not wait for one another's slots.
+        streams_ = request.pages.size() * static_cast<size_t>(num_layers_) > slots_;
+    }
+    bool evicts_hits() const override { return streams_; }
+    // Expected discount of the next use, whatever brought the page here.
+    float forecast(PageIndex page) const { return forecast_.worth(page); }
+
+  private:
+    double demand_worth(PageIndex page) const override { return double(forecast(page)); }
+    bool demand_admits(PageIndex incoming, PageIndex victim) const override {
+        return !streams_ || forecast(incoming) > forecast(victim);
+    }
+
     UseForecast forecast_;
     const size_t slots_;
     bool streams_ = false;

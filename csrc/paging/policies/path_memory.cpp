@@ -1,12 +1,14 @@
 #include "path_memory.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace moe_offload {
 namespace {
 
-// Bits set, in plain arithmetic: the loop over passes becomes vector code on every machine, which
-// the compiler's popcount does only where there is an instruction for it.
+// Bits set, in plain arithmetic: the loop over passes becomes vector code on
+// every machine, which the compiler's popcount does only where there is an
+// instruction for it.
 inline uint32_t count_bits(uint64_t x) {
     x -= (x >> 1) & 0x5555555555555555U;
     x = (x & 0x3333333333333333U) + ((x >> 2) & 0x3333333333333333U);
@@ -29,7 +31,8 @@ PathMemory::PathMemory(size_t num_layers, size_t experts_per_layer, size_t capac
       mask_(words_) {}
 
 void PathMemory::begin_pass() {
-    // The similarity of pass s starts from that of pass s - 1 to the pass before the present one.
+    // The similarity of pass s starts from that of pass s - 1 to the pass before
+    // the present one.
     now_ = known_ == 0 ? 0 : (now_ + 1) % capacity_;
     known_ = std::min(known_ + 1, capacity_);
     for (size_t s = 1; s < capacity_; ++s) faded_[s] = (similarity_[s - 1] * kFade) >> 8;
@@ -67,6 +70,17 @@ std::span<const PathMemory::Neighbour> PathMemory::nearest(size_t count) {
         if (nearest_.size() == count) lowest = nearest_.back().similarity;
     }
     return nearest_;
+}
+
+float neighbour_weight(uint32_t behind, size_t num_experts) {
+    constexpr double kSharpness = 0.4;  // 0.3 to 0.6 are alike
+    const double layers =
+        double(behind) / double(PathMemory::kUnit * std::max<size_t>(num_experts, 1));
+    return static_cast<float>(std::exp(-kSharpness * layers));
+}
+
+bool is_informative(size_t num_requested, size_t num_experts) {
+    return num_requested * 16 <= num_experts * 15;
 }
 
 }  // namespace moe_offload

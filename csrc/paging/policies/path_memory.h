@@ -25,22 +25,24 @@ class PathMemory {
         uint32_t age;         // passes ago, >= 1
     };
     static constexpr uint32_t kUnit = 16;
-    static constexpr uint32_t kFade = 51;  // of 256: 0.2 per pass; 0.1 to 0.4 are alike
+    static constexpr uint32_t kFade = 51;  // of 256: 0.2 per pass; 0.1 to 0.3 are alike
 
     PathMemory(size_t num_layers, size_t experts_per_layer, size_t capacity);
 
     // A pass begins; layers it does not visit count as routed to nothing.
     void begin_pass();
-    // One layer of the present pass has been routed. At most once per layer and pass.
+    // One layer of the present pass has been routed. At most once per layer and
+    // pass.
     void observe(size_t layer, std::span<const PageIndex> experts);
-    // The at most `count` most similar passes, best first, among equals the one stored first.
-    // Valid until the next call.
+    // The at most `count` most similar passes, best first, among equals the one
+    // stored first. Valid until the next call.
     std::span<const Neighbour> nearest(size_t count);
 
     size_t words() const { return words_; }
     // Passes that can be looked back to: 0 is the present one.
     size_t known() const { return known_; }
-    // Experts of a layer `age` passes ago as bits; word w holds experts 64 w .. 64 w + 63.
+    // Experts of a layer `age` passes ago as bits; word w holds experts 64 w ..
+    // 64 w + 63.
     uint64_t experts(size_t age, size_t layer, size_t word) const {
         return bits_[(layer * words_ + word) * capacity_ + slot(age)];
     }
@@ -57,5 +59,13 @@ class PathMemory {
     std::vector<uint64_t> mask_;        // [words] scratch
     std::vector<Neighbour> nearest_;
 };
+
+// How much a neighbour counts that is `behind` the nearest in similarity, when
+// a layer uses num_experts: e^-0.4 for one layer's worth of experts.
+float neighbour_weight(uint32_t behind, size_t num_experts);
+
+// A request of nearly all experts of a layer (a prompt) says nothing about any
+// of them.
+bool is_informative(size_t num_requested, size_t num_experts);
 
 }  // namespace moe_offload

@@ -1,0 +1,81 @@
+#include "path_predictor.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace moe_offload {
+namespace {
+
+constexpr size_t kPassesRemembered = 4096;
+constexpr size_t kNeighbours = 16;
+const float kGain = static_cast<float>(1.0 - std::exp2(-1.0 / 20.0));  // half life of 20 visits
+constexpr float kAverageWeight = 0.3F;  // of the average, in neighbours as similar as the nearest
+
+size_t largest(const std::vector<int32_t>& counts) {
+    if (counts.empty() || *std::min_element(counts.begin(), counts.end()) < 1)
+        throw std::invalid_argument("PathPredictor: expected at least one expert in every layer");
+    return static_cast<size_t>(*std::max_element(counts.begin(), counts.end()));
+}
+
+}  // namespace
+
+PathPredictor::PathPredictor(std::vector<int32_t> num_experts)
+    : num_experts_(std::move(num_experts)),
+      stride_(largest(num_experts_)),
+      memory_(num_experts_.size(), stride_, kPassesRemembered),
+      average_(num_experts_.size() * stride_, 0.0F) {}
+
+void PathPredictor::check_layer(int32_t layer) const {
+    if (layer < 0 || static_cast<size_t>(layer) >= num_experts_.size())
+        throw std::invalid_argument("PathPredictor: expected a layer in [0, " +
+                                    std::to_string(num_experts_.size()) + "), got " +
+                                    std::to_string(layer));
+}
+
+void PathPredictor::observe(int32_t layer, std::span<const int32_t> experts) {
+    check_layer(layer);
+    const int32_t count = num_experts_[static_cast<size_t>(layer)];
+    for (const int32_t expert : experts)
+        if (expert < 0 || expert >= count)
+            throw std::invalid_argument("PathPredictor: layer " + std::to_string(layer) +
+                                        " has experts [0, " + std::to_string(count) + "), got " +
+                                        std::to_string(expert));
+    if (layer <= last_layer_) memory_.begin_pass();
+    last_layer_ = layer;
+    // A prompt that uses nearly every expert resembles everything.
+    if (!is_informative(experts.size(), static_cast<size_t>(count))) return;
+    experts_.assign(experts.begin(), experts.end());
+    memory_.observe(static_cast<size_t>(layer), experts_);
+    float* average = &average_[static_cast<size_t>(layer) * stride_];
+    for (size_t expert = 0; expert < stride_; ++expert) average[expert] -= average[expert] * kGain;
+    for (const PageIndex expert : experts_) average[expert] += kGain;
+}
+
+std::vector<float> PathPredictor::predict(int32_t layer) {
+    check_layer(layer);
+    const auto row = static_cast<size_t>(layer);
+    std::vector<float> chances(static_cast<size_t>(num_experts_[row]), 0.0F);
+    // A layer still to come in this pass: what it used in the similar passes
+    // themselves. One that is done: what it used in the passes after them.
+    const size_t next = layer > last_layer_ ? 0 : 1;
+    float total = kAverageWeight;
+    const auto neighbours = memory_.nearest(kNeighbours);
+    for (const auto& neighbour : neighbours) {
+        const float weight =
+            neighbour_weight(neighbours[0].similarity - neighbour.similarity, experts_.size());
+        total += weight;
+        for (size_t word = 0; word < memory_.words(); ++word)
+            for (uint64_t bits = memory_.experts(neighbour.age - next, row, word); bits != 0;
+                 bits &= bits - 1)
+                chances[word * 64 + static_cast<size_t>(std::countr_zero(bits))] += weight;
+    }
+    for (size_t expert = 0; expert < chances.size(); ++expert)
+        chances[expert] =
+            (chances[expert] + kAverageWeight * average_[row * stride_ + expert]) / total;
+    return chances;
+}
+
+}  // namespace moe_offload
