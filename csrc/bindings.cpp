@@ -338,6 +338,7 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("admit_limit", &Pager::admit_limit)
         .def_property_readonly("uses_weights", &Pager::uses_weights)
         .def_property_readonly("io_engine", &Pager::engine_name)
+        .def_property_readonly("uses_predictions", &Pager::uses_predictions)
         .def(
             "set_chaos",
             [](Pager& self, uint64_t seed, int64_t max_delay_us, bool reorder,

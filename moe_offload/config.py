@@ -15,6 +15,7 @@ from typing import Any, Literal
 from moe_offload.errors import BudgetError
 from moe_offload.policies import LIVE_POLICIES
 from moe_offload.predictors import check_predictor
+from moe_offload.presets import with_preset
 
 _UNITS = {"": 1, "b": 1}
 for _power, _prefix in enumerate("kmgt", start=1):
@@ -82,7 +83,9 @@ class OffloadConfig:
         predictor: what is fetched ahead of need: "none", "auto" (what the measurements in
             docs/predictors.md say pays, at present nothing), "previous", "recall", "lookahead",
             "lookahead-2", "lookahead-3", the folder of a trained predictor, or a `Predictor`.
-            It never changes a token.
+            "ring", "rpp" or "preattention" (trained ones, in the checkpoint's own folder under
+            predictors/). It never changes a token.
+        preset: name of a system in `moe_offload.presets`, which sets policy and predictor.
         static_experts: for policy "static", the (layer, expert) pairs that stay. Default: the
             first experts of each layer, evenly.
         device: where experts are computed. "cpu" in this version.
@@ -106,6 +109,7 @@ class OffloadConfig:
     device_budget: int | str = "25%"
     policy: str = "lru"
     predictor: Any = "none"
+    preset: str | None = None
     static_experts: Sequence[tuple[int, int]] | None = None
     device: str = "cpu"
     expert_backend: Literal["auto", "native", "grouped_mm"] = "auto"
@@ -150,7 +154,7 @@ class OffloadConfig:
         unknown = [name for name in options if name not in known]
         if unknown:
             raise TypeError(f"unknown option {unknown[0]!r}; known options: {', '.join(known)}")
-        return cls(**options)
+        return cls(**with_preset(options))
 
 
 def _choose(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -25,9 +25,12 @@ from moe_offload.grouping import (
     swaps_between,
 )
 from moe_offload.huggingface.observe import routed_layers
+from moe_offload.predictors.paths import GivenPaths, WindowPaths
+from moe_offload.predictors.rpp import RoutingPathPredictor
 from moe_offload.telemetry import total_counters
 
 if TYPE_CHECKING:
+    from moe_offload.predictors.driver import PrefetchDriver
     from moe_offload.scheduling import BatchReport
 
 # [n] newest token of each sequence, [n] sequence number -> [n, L, E], the chance that the
@@ -92,6 +95,22 @@ def _num_experts(experts: nn.Module) -> int:
     return count
 
 
+class PredictedPaths:
+    """The model's own Routing Path Predictor, put to work for all running batches.
+
+    Args:
+        driver: of the offloaded model; its predictor is followed instead of asked meanwhile.
+    """
+
+    def __init__(self, driver: PrefetchDriver) -> None:
+        assert isinstance(driver.predictor, RoutingPathPredictor)
+        self._predictor = driver.predictor
+        self.given = GivenPaths()
+
+    def follow(self, prompts: Sequence[Sequence[int]]) -> WindowPaths:
+        return WindowPaths(self._predictor, prompts)
+
+
 class _Batch:
     """Rows that run together: who sits where, their cache and what they are fed next."""
 
@@ -113,6 +132,7 @@ class Window:
         batch_size: int,
         report: BatchReport,
         paths: PathSource | None,
+        predicted: PredictedPaths | None = None,
     ) -> None:
         self._model, self._seats, self._report, self._paths = model, seats, report, paths
         self._prompts = prompts
@@ -123,6 +143,9 @@ class Window:
             for first in range(0, len(self._numbers), batch_size)
         ]
         self._length = max(map(len, prompts.values()))
+        self._given = None if predicted is None else predicted.given
+        self._ahead = None if predicted is None else predicted.follow(list(prompts.values()))
+        self._coming: Floats | None = None  # [n, L, E], what the coming step is expected to use
         num_experts = max(seats.num_experts)
         self._history = np.zeros((len(prompts), len(seats.layers), num_experts))
 
@@ -136,6 +159,9 @@ class Window:
         for _ in range(max_new_tokens - 1):
             if not any(self._live.values()):
                 break
+            if self._ahead is not None:
+                newest = [self._report.tokens[n][-1] for n in self._numbers]
+                self._coming = self._ahead.step(newest)
             if min_gain is not None and len(self._batches) > 1:
                 self._regroup(min_gain, from_scratch=not grouped)
                 grouped = True
@@ -162,6 +188,9 @@ class Window:
     def _decode(self, batch: _Batch) -> None:
         live = torch.tensor([[self._live[n]] for n in batch.sequences], device=batch.mask.device)
         batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
+        if self._given is not None and self._coming is not None:
+            rows = self._coming[[n - self._numbers[0] for n in batch.sequences]]
+            self._given.rows = rows * live.cpu().numpy()[..., None]
         self._forward(batch, batch.next_tokens, live)
         self._report.decode_steps += 1
         self._report.decode_tokens += int(live.sum())
@@ -185,7 +214,7 @@ class Window:
         )
         batch.cache = out.past_key_values
         batch.next_tokens = out.logits[:, -1].argmax(dim=-1, keepdim=True)
-        if self._paths is None and len(self._batches) > 1:
+        if self._paths is None and self._ahead is None and len(self._batches) > 1:
             self._remember(batch, tokens.shape[1])
 
     def _remember(self, batch: _Batch, length: int) -> None:
@@ -243,7 +272,7 @@ class Window:
     def _probabilities(self) -> Floats:
         """[n, L * E]; finished sequences use nothing."""
         if self._paths is None:
-            found = self._history
+            found = self._history if self._coming is None else self._coming
         else:
             newest = [self._report.tokens[n][-1] for n in self._numbers]
             found = np.asarray(self._paths(newest, self._numbers), dtype=np.float64)

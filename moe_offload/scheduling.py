@@ -16,13 +16,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from moe_offload.errors import StateError, UnsupportedModelError
-from moe_offload.running_batches import ExpertSeats, PathSource, Window
+from moe_offload.presets import PRESETS
+from moe_offload.running_batches import ExpertSeats, PathSource, PredictedPaths, Window
+
+if TYPE_CHECKING:
+    from moe_offload.offloader import Offloader
 
 Schedule = Literal["fifo", "route"]
 
@@ -74,7 +79,7 @@ def batch_generate(
     model: Any,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     batch_size: int,
-    schedule: Schedule = "fifo",
+    schedule: Schedule | None = None,
     *,
     max_new_tokens: int = 64,
     tokenizer: Any = None,
@@ -90,14 +95,16 @@ def batch_generate(
         prompts: texts (give a tokenizer) or lists of token ids.
         batch_size: rows per forward.
         schedule: "fifo" takes prompts in order and leaves them where they are; "route" lets the
-            `num_running` batches of a window exchange sequences before each step.
+            `num_running` batches of a window exchange sequences before each step. None: as the
+            model's preset says, else "fifo".
         max_new_tokens: per prompt, at most.
         tokenizer: transformers tokenizer, for texts.
         eos_token_id: ends a sequence. "auto": as the model's generation config says; None: never.
         num_running: batches that take turns; their KV caches exist at the same time. The paper
             has 2; 4 separate more domains, for twice the caches.
-        paths: predicts the next step's routing, see `PathSource`. Default: each sequence's own
-            routing so far, recent tokens weighing more.
+        paths: predicts the next step's routing, see `PathSource`. Default: the model's Routing
+            Path Predictor when it has one (`predictor="rpp"`), which then also prefetches for each
+            batch; else each sequence's own routing so far, recent tokens weighing more.
         min_gain: pages per step an exchange of two sequences must be expected to save.
 
     Returns:
@@ -113,23 +120,40 @@ def batch_generate(
         >>> report = batch_generate(model, prompts, 16, "route", tokenizer=tokenizer)
         >>> report.texts[0], report.distinct_experts_per_step
     """
+    offloader = _offloader(model)
+    if schedule is None:
+        preset = PRESETS.get(offloader.config.preset or "") if offloader is not None else None
+        schedule = cast(Schedule, preset.schedule) if preset is not None else "fifo"
     _check_arguments(model, prompts, batch_size, schedule, max_new_tokens, num_running)
     token_ids = _token_ids(prompts, tokenizer)
     _check_lengths(model, token_ids, max_new_tokens)
     report = BatchReport(tokens=[[] for _ in token_ids], schedule=schedule)
     start = time.perf_counter()
     window_size = batch_size * num_running
-    with torch.no_grad(), ExpertSeats(model) as seats:
+    driver = offloader.predicting if offloader is not None else None
+    predicted = None
+    if driver is not None and driver.predictor.name == "rpp":
+        predicted = PredictedPaths(driver)
+    with (
+        torch.no_grad(),
+        ExpertSeats(model) as seats,
+        driver.replaced_by(predicted.given) if driver and predicted else nullcontext(),
+    ):
         for first in range(0, len(token_ids), window_size):
             numbers = range(first, min(first + window_size, len(token_ids)))
             batch_prompts = {n: token_ids[n] for n in numbers}
-            window = Window(model, seats, batch_prompts, batch_size, report, paths)
+            window = Window(model, seats, batch_prompts, batch_size, report, paths, predicted)
             exchange = min_gain if schedule == "route" else None
             window.run(max_new_tokens, _eos_ids(model, eos_token_id), exchange)
     report.seconds = time.perf_counter() - start
     if tokenizer is not None:
         report.texts = [tokenizer.decode(new, skip_special_tokens=True) for new in report.tokens]
     return report
+
+
+def _offloader(model: Any) -> Offloader | None:
+    attachment = vars(model).get("_moe_offload") if hasattr(model, "__dict__") else None
+    return attachment.offloader if attachment is not None else None
 
 
 def _check_arguments(

@@ -77,8 +77,8 @@ class Pager : public std::enable_shared_from_this<Pager> {
                                     std::span<const float> weights = {}, int32_t num_tokens = 0);
 
     // Starts copies of pages likely to be needed, behind all demands. Takes free slots and slots
-    // of the policy's victims, never one that holds an unused prefetch. Returns how many copies
-    // were started. A page already resident or on its way costs nothing.
+    // of the policy's victims, never one that holds a prefetch whose layer was not routed since.
+    // Returns how many copies were started. A page already resident or on its way costs nothing.
     size_t prefetch(int32_t layer, std::span<const int32_t> experts);
     // Which of these experts are neither resident nor on their way, in the order given. Those that
     // are resident are protected: until the layer's next acquire no prefetch evicts them. (Least
@@ -114,6 +114,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     size_t admit_limit() const { return admit_limit_; }
     bool uses_weights() const { return uses_weights_; }
     std::string engine_name() const { return engine_->name(); }
+    bool uses_predictions() const { return uses_predictions_; }
 
     // Keeps (true) or forgets (false) all requests from now on, for replay.
     void set_recording(bool recording);
@@ -159,7 +160,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     const PagerOptions options_;
     const int32_t experts_per_layer_;  // stride of PageIndex
     size_t admit_limit_;
-    const bool uses_weights_;
+    const bool uses_weights_, uses_predictions_;
     const int owner_pid_;
 
     mutable std::mutex mutex_;

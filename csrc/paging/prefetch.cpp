@@ -15,9 +15,7 @@ size_t Pager::prefetch(int32_t layer, std::span<const int32_t> experts) {
     check_request(layer, experts);
     if (log_) log_->add(EventKind::kPrefetch, layer, experts, {}, 0);
     const auto may_evict = [this](PageIndex candidate) {
-        const Load& load = *loads_[candidate];
-        const bool unused_prefetch = !load.demanded && load.cause == Load::Cause::kPrefetch;
-        return !unused_prefetch && load.expected_at != visit(layer_of(candidate));
+        return loads_[candidate]->expected_at != visit(layer_of(candidate));
     };
     size_t started = 0;
     for (const int32_t expert : experts) {
@@ -30,6 +28,7 @@ size_t Pager::prefetch(int32_t layer, std::span<const int32_t> experts) {
             loads_[placed->evicted] = nullptr;
         }
         const auto load = own(page, placed->slot, Load::Cause::kPrefetch);
+        load->expected_at = visit(layer);
         prefetching_.push_back(load);
         start(load);
         ++started;

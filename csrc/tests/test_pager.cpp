@@ -261,6 +261,20 @@ void prefetches_do_not_evict_each_other_and_make_way_for_demands() {
     CHECK_EQ(pool.total().joined_prefetches, 0u);
 }
 
+void a_prefetch_in_vain_makes_room_once_its_layer_was_routed() {
+    Pool pool(2, 2, 8);
+    const std::vector<int32_t> first{1, 2}, second{3};
+    CHECK_EQ(pool.pager->prefetch(1, first), 2u);
+    pool.pager->drain();
+    CHECK_EQ(pool.pager->prefetch(0, second), 0u);  // both may still be used
+    pool.pager->acquire(1, {});
+    CHECK_EQ(pool.pager->prefetch(0, second), 1u);
+    pool.pager->drain();
+    CHECK_EQ(pool.residents().size(), 2u);
+    CHECK_EQ(pool.residents().count({0, 3}), 1u);
+    CHECK(pool.total().prefetch_bytes_wasted > 0);
+}
+
 void an_expected_page_is_kept_from_prefetches_until_its_layer_is_routed() {
     Pool pool(3, 2, 8);
     pool.forward(1, {0});  // least recently used
@@ -670,6 +684,7 @@ int main() {
     RUN(stale_prefetches_are_cancelled_when_their_layer_is_routed);
     RUN(unused_prefetches_count_as_wasted_when_evicted);
     RUN(prefetches_do_not_evict_each_other_and_make_way_for_demands);
+    RUN(a_prefetch_in_vain_makes_room_once_its_layer_was_routed);
     RUN(an_expected_page_is_kept_from_prefetches_until_its_layer_is_routed);
     RUN(cancelling_keeps_what_is_still_predicted);
     RUN(failures_reach_the_waiter_and_leave_the_pager_usable);

@@ -148,7 +148,7 @@ class Attachment:
         for layer in self.layers:
             module: Any = experts_module(layer)
             _offloaded_class(module.__class__)  # refuses odd signatures before any change
-        predictor = make_predictor(config.predictor)
+        predictor = make_predictor(config.predictor, _folder(model))
         self.offloader = Offloader(self.layers, pages, config, on_restore=self._restore)
         if predictor is not None:
             try:  # before the model changes: a predictor that does not fit leaves it as it is
@@ -262,6 +262,11 @@ def _refuse_save(*args: Any, **kwargs: Any) -> None:
         "save_pretrained and push_to_hub would write a checkpoint without its experts: they are "
         f"offloaded. Call {_RESTORE} first, then save."
     )
+
+
+def _folder(model: nn.Module) -> str:
+    """Where the model was loaded from, as far as it knows."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def _no_copies() -> StateError:

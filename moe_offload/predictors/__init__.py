@@ -5,6 +5,7 @@
 | `previous` | what the previous token used |
 | `recall` | what followed the most similar passes of the past |
 | `lookahead`, `lookahead-2`, `lookahead-3` | the next layers' own routers on the present state |
+| `ring` | nothing: every expert of the layers that come next (SE-MoE) |
 | folder of a trained `preattention` | the layer's input, before its attention |
 | folder of a trained `rpp` | the token sequence (ExpertFlow's Routing Path Predictor) |
 | `Oracle` | a recording of the same run: the bound |
@@ -23,7 +24,18 @@ from moe_offload.errors import PredictorError
 if TYPE_CHECKING:
     from moe_offload.predictors.base import Predictor
 
-_NAMES = ("none", "auto", "previous", "recall", "lookahead", "lookahead-2", "lookahead-3")
+_NAMES = (
+    "none",
+    "auto",
+    "previous",
+    "recall",
+    "lookahead",
+    "lookahead-2",
+    "lookahead-3",
+    "ring",
+)
+# Trained ones that are looked for beside a model, in its folder's predictors/<name>.
+_TRAINED = ("rpp", "preattention")
 # What "auto" means: see docs/predictors.md for the measurements behind it.
 AUTO = "none"
 
@@ -35,18 +47,22 @@ def check_predictor(spec: Any) -> None:
         PredictorError: neither a name, nor an existing path, nor a predictor.
     """
     if isinstance(spec, str | os.PathLike):
-        if spec in _NAMES or Path(spec).exists():
+        if spec in _NAMES or spec in _TRAINED or Path(spec).exists():
             return
     elif callable(getattr(spec, "bind", None)) and callable(getattr(spec, "layer_routed", None)):
         return
     raise PredictorError(
-        f"predictor: expected one of {', '.join(_NAMES)}, the folder of a trained predictor, or a "
-        f"moe_offload.predictors.base.Predictor, got {spec!r}"
+        f"predictor: expected one of {', '.join((*_NAMES, *_TRAINED))}, the folder of a trained "
+        f"predictor, or a moe_offload.predictors.base.Predictor, got {spec!r}"
     )
 
 
-def make_predictor(spec: Any) -> Predictor | None:
+def make_predictor(spec: Any, model_folder: str = "") -> Predictor | None:
     """The predictor that `OffloadConfig.predictor` names; None for "none".
+
+    Args:
+        spec: see `check_predictor`.
+        model_folder: where the model's own trained predictors are looked for.
 
     Raises:
         PredictorError: see `check_predictor`; or the path holds no trained predictor.
@@ -66,10 +82,23 @@ def make_predictor(spec: Any) -> Predictor | None:
         from moe_offload.predictors.recall import Recall
 
         return Recall()
+    if name == "ring":
+        from moe_offload.predictors.ring import LayerRing
+
+        return LayerRing()
     if name in _NAMES:
         from moe_offload.predictors.lookahead import GateLookahead
 
         return GateLookahead(depth=int(str(name).partition("-")[2] or 1))
     from moe_offload.predictors.artefact import load_predictor
 
+    if name in _TRAINED and not Path(name).exists():
+        folder = Path(model_folder, "predictors", name)
+        if not folder.is_dir():
+            raise PredictorError(
+                f"predictor {name!r}: none was trained for this model, there is no folder "
+                f"{folder}. Train one with `moe-offload train-predictor` and pass its folder, or "
+                "put it there."
+            )
+        return load_predictor(folder)
     return load_predictor(Path(name))

@@ -69,12 +69,16 @@ class Predictor:
         name: how stats and tables call it.
         horizon: predictions given when the token is known cover many layers; the copies of a
             layer start when the layer `horizon` before it is routed.
+        obeyed: every page it names is fetched, in the order of naming, until no slot is left: no
+            weighing of chances, and layers that come before the present one are those of the next
+            call. For published systems that move pages by a fixed plan.
         wanted: set by the driver; False during calls of many tokens, whose predictions it does not
             use (a prompt needs nearly every expert and has a path of its own).
     """
 
     name = "predictor"
     horizon = 2
+    obeyed = False
     wanted = True
 
     def bind(self, model: nn.Module, facts: ModelFacts) -> None:

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +32,6 @@ from moe_offload.predictors.metrics import LiveRecall
 
 if TYPE_CHECKING:
     from moe_offload.offloader import Offloader
-
-
-_FORESEEING = ("forecast", "predictive")  # policies that evict by predicted next use
 
 
 class PrefetchDriver:
@@ -59,8 +58,8 @@ class PrefetchDriver:
         max_rows: int = 64,
     ) -> None:
         self.predictor, self.threshold, self.max_rows = predictor, threshold, max_rows
-        self._tells_policy = offloader.config.policy in _FORESEEING
         self._handles = [offloader.handle(i) for i in range(len(offloader.layers))]
+        self._tells_policy = any(h.pool.pager.uses_predictions for h in self._handles)
         experts = [layer.num_experts for layer in offloader.layers]
         self.facts = facts_of(model, experts, [layer.name for layer in offloader.layers])
         self.paused = False  # while the model runs on its own parameters
@@ -86,6 +85,15 @@ class PrefetchDriver:
         for handle in self._handles:
             handle.pool.on_acquired = self._acquired
         self._pools = [(handle.pool, handle.layer) for handle in self._handles]
+
+    @contextmanager
+    def replaced_by(self, predictor: Predictor) -> Iterator[None]:
+        """Let another predictor speak for a while; it must not read layer inputs."""
+        mine, self.predictor = self.predictor, predictor
+        try:
+            yield
+        finally:
+            self.predictor = mine
 
     # --- what the model does -------------------------------------------------------------------
 
@@ -149,6 +157,9 @@ class PrefetchDriver:
 
     def _note(self, predictions: Predictions, now: int, moment: str) -> None:
         """Remember what is said about layers to come; near ones are scheduled at once."""
+        if self.predictor.obeyed:
+            self._obey(predictions)
+            return
         if not self._wanted:
             return
         for layer, scores in predictions:
@@ -162,6 +173,17 @@ class PrefetchDriver:
             else:
                 self._standing.pop(layer, None)
                 self._schedule(layer, asked)
+
+    def _obey(self, predictions: Predictions) -> None:
+        """Fetch what is named, as long as there are slots that hold nothing named before."""
+        for layer, scores in predictions:
+            pool, local = self._pools[layer]
+            named: list[int] = np.flatnonzero(scores.max(axis=0) > 0).tolist()
+            absent = pool.pager.expect(local, named)
+            started = pool.pager.prefetch(local, absent)
+            self._started_pages += started
+            if started < len(absent):
+                break
 
     def _schedule_standing(self, now: int) -> None:
         for layer in range(now + 1, now + 1 + self.predictor.horizon):

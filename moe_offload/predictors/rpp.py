@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,9 +80,12 @@ class RoutingPathPredictor(Predictor):
             self._session = RppSession(self._decoder, tokens, keep)
             return ()
         assert self._session is not None, "a sequence begins with a prompt"
-        logits = self._session.step(ids[:, 0])  # [B, L, E]
-        chances = 1 / (1 + np.exp(np.minimum(-logits, 80)))
-        return [Prediction(layer, chances[:, layer]) for layer in range(logits.shape[1])]
+        chances = self._session.chances(ids[:, 0])  # [B, L, E]
+        return [Prediction(layer, chances[:, layer]) for layer in range(chances.shape[1])]
+
+    def follow(self, prompts: Tensor, keep: Tensor | None) -> RppSession:
+        """A session of its own over prompts [B, P], of which `keep` [B, P] marks the tokens."""
+        return RppSession(self._decoder, prompts, keep)
 
     def _follows(self, call: ModelCall) -> bool:
         """Is this call the continuation of the sequences we have read?"""

@@ -77,6 +77,11 @@ class RppSession:
                 self._memory.append((_array(keys.transpose(2, 3)).copy(), _array(values).copy()))
         self._past = [KeysValues(self.batch, config) for _ in decoder.blocks]
 
+    def chances(self, tokens: Tensor) -> np.ndarray:
+        """`step` as probabilities, [B, L, E]."""
+        found: np.ndarray = 1 / (1 + np.exp(np.minimum(-self.step(tokens), 80)))
+        return found
+
     def step(self, tokens: Tensor) -> np.ndarray:
         """[B] ids just generated -> logits [B, L, E] of the routing while they are fed."""
         decoder, config = self._decoder, self._decoder.config

@@ -31,6 +31,7 @@ class Forecast final : public Ranked {
     double worth(PageIndex page) const override;
     bool chooses() const override { return true; }
     bool evicts_hits() const override { return true; }
+    bool uses_predictions() const override { return true; }
 
   private:
     float decayed_rate(PageIndex page) const;

@@ -72,6 +72,8 @@ class EvictionPolicy {
     virtual size_t smallest_share(size_t num_misses) const { return num_misses < 4 ? 1 : 2; }
     // May pages of the very request be victims, once they have been used?
     virtual bool evicts_hits() const { return false; }
+    // Does `predict` matter? Callers need not predict otherwise.
+    virtual bool uses_predictions() const { return false; }
     // Does `request` read router weights? Callers need not gather them otherwise.
     virtual bool uses_weights() const { return false; }
 };
