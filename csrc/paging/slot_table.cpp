@@ -4,6 +4,15 @@
 #include <utility>
 
 namespace moe_offload {
+namespace {
+
+// Slots a scan streams through: one page is computed while the next three arrive.
+constexpr size_t kStreamSlots = 4;
+// Of a layer's share, how much one scan may renew.
+constexpr size_t kTrickle = 8;
+
+}  // namespace
+
 size_t default_admit_limit(size_t num_slots, size_t num_layers) {
     return std::max((num_slots + num_layers - 1) / num_layers, kMinSlots);
 }
@@ -49,6 +58,18 @@ const std::vector<SlotTable::Admitted>& SlotTable::admit(const LayerRequest& req
     const size_t count = order_.size();
     limit = chooses ? count : std::min(limit, count);
     bool from_hits = policy_->evicts_hits();
+    size_t staying = limit;
+    if (!chooses && request.num_tokens > 1 && count > limit) {
+        // A prompt or a large batch that misses more than the layer's share reads the layer once,
+        // in order: what single tokens have gathered is worth more than its last pages (a scan, as
+        // of a disk cache). It streams through a few slots, which are free again for the next
+        // layer, and leaves behind what fits into free slots and a trickle, so that the cache
+        // still follows when only large batches come.
+        const size_t free = free_.size();
+        staying = std::max({size_t{1}, limit / kTrickle,
+                            free > kStreamSlots ? std::min(free - kStreamSlots, limit) : 0});
+        limit = std::min(limit, std::max(free, kStreamSlots));
+    }
     const size_t share = chooses ? policy_->smallest_share(count) : limit;
     for (size_t k = 0; k < limit; ++k) {
         // A policy that chooses stops at the first that is not worth it: most valuable first.
@@ -66,6 +87,10 @@ const std::vector<SlotTable::Admitted>& SlotTable::admit(const LayerRequest& req
         missed_[static_cast<size_t>(item)] = false;
     }
     if (chains_.empty()) return admitted_;
+    for (size_t k = 0; k + staying < chains_.size(); ++k) {  // the least worth staying
+        drop(request.pages[static_cast<size_t>(chains_[k].item)]);
+        chains_[k].stays = false;
+    }
 
     // Those that pass through go first, dealt to the chains in turn.
     size_t next = 0;

@@ -1,7 +1,10 @@
 // The slot table: pinned slots are nobody's victim, and bookkeeping agrees with a plain map.
+#include <algorithm>
 #include <map>
 #include <random>
 #include <set>
+#include <tuple>
+#include <vector>
 
 #include "check.h"
 #include "paging/slot_table.h"
@@ -46,6 +49,48 @@ void a_dropped_pinned_slot_is_free_only_after_the_last_unpin() {
     CHECK_EQ(table.num_free(), 2u);
 }
 
+// 32 experts in each of two layers, 24 slots, a share of 12: a prompt that needs a whole layer
+// streams through four slots and renews one page of the share, not all of it.
+void a_scan_leaves_most_of_the_cache() {
+    SlotTable table(64, 24, make_policy("lru", setting(64)));
+    for (PageIndex page = 0; page < 12; ++page) table.place(page, nullptr, true);
+    for (PageIndex page = 32; page < 44; ++page) table.place(page, nullptr, true);
+    const auto ask = [&](int32_t layer, int32_t num_tokens) {
+        std::vector<PageIndex> pages;
+        std::vector<int32_t> misses;
+        for (int32_t i = 0; i < 32; ++i) {
+            pages.push_back(PageIndex(32 * layer + i));
+            if (table.slot_of(pages.back()) == kNoSlot)
+                misses.push_back(i);
+            else
+                table.pin(table.slot_of(pages.back()));
+        }
+        LayerRequest request{layer, pages, {}, num_tokens, 0};
+        table.begin_request(request);
+        const auto admitted = table.admit(request, misses, 12, {});
+        CHECK_EQ(admitted.size(), misses.size());
+        std::set<SlotIndex> slots;
+        size_t staying = 0;
+        for (const auto& one : admitted) {
+            slots.insert(one.slot);
+            staying += one.stays;
+            CHECK_EQ(one.stays, table.slot_of(pages[size_t(one.item)]) == one.slot);
+        }
+        for (const auto& one : admitted) table.unpin(one.slot);
+        for (size_t i = 0; i < pages.size(); ++i)
+            if (std::find(misses.begin(), misses.end(), int32_t(i)) == misses.end())
+                table.unpin(table.slot_of(pages[i]));
+        return std::tuple(misses.size(), slots.size(), staying);
+    };
+    using Seen = std::tuple<size_t, size_t, size_t>;  // missing, slots used, staying
+    CHECK(ask(0, 512) == Seen(20, 4, 1));
+    CHECK_EQ(table.num_free(), 3u);
+    CHECK(ask(1, 512) ==
+          Seen(24, 4, 1));  // the four oldest of layer 1 had to go, one free slot less
+    CHECK_EQ(table.num_free(), 3u);
+    CHECK(ask(0, 1) == Seen(20, 12, 12));  // one token: its share, as ever
+}
+
 void random_operations_agree_with_a_map() {
     constexpr PageIndex kPages = 20;
     constexpr size_t kSlots = 6;
@@ -87,5 +132,6 @@ int main() {
     RUN(free_slots_are_handed_out_lowest_first);
     RUN(pinned_slots_are_never_victims);
     RUN(a_dropped_pinned_slot_is_free_only_after_the_last_unpin);
+    RUN(a_scan_leaves_most_of_the_cache);
     RUN(random_operations_agree_with_a_map);
 }
