@@ -89,7 +89,8 @@ class OffloadConfig:
         static_experts: for policy "static", the (layer, expert) pairs that stay. Default: the
             first experts of each layer, evenly.
         device: where experts are computed. "cpu" in this version.
-        expert_backend: who computes experts: "native" (this package's CPU kernels), "grouped_mm"
+        expert_backend: who computes experts: "native" (this package's CPU kernels), "triton" (its
+            Triton kernels: for GPUs; on the CPU only interpreted, for tests), "grouped_mm"
             (transformers' own arithmetic), or "auto": native for every layer it supports.
         fill: read experts into the slots at construction: True, False, or "auto" = when all fit.
         io_engine: how files are read: "io_uring", "threads" (a pool of them that call pread), or
@@ -112,7 +113,7 @@ class OffloadConfig:
     preset: str | None = None
     static_experts: Sequence[tuple[int, int]] | None = None
     device: str = "cpu"
-    expert_backend: Literal["auto", "native", "grouped_mm"] = "auto"
+    expert_backend: Literal["auto", "native", "triton", "grouped_mm"] = "auto"
     fill: bool | Literal["auto"] = "auto"
     io_engine: Literal["auto", "io_uring", "threads"] = "auto"
     io_threads: int = 4
@@ -124,7 +125,7 @@ class OffloadConfig:
     def __post_init__(self) -> None:
         parse_budget(self.device_budget, 1 << 62)  # malformed budgets fail here, before any work
         _choose("policy", self.policy, LIVE_POLICIES)
-        _choose("expert_backend", self.expert_backend, ("auto", "native", "grouped_mm"))
+        _choose("expert_backend", self.expert_backend, ("auto", "native", "triton", "grouped_mm"))
         check_predictor(self.predictor)
         if self.fill not in (True, False, "auto"):
             raise ValueError(f'fill: expected True, False or "auto", got {self.fill!r}')

@@ -118,6 +118,34 @@ def test_equals_twin(case: Case, device: str) -> None:
     assert not workspace.any(), "the counters must be zero again"
 
 
+@pytest.mark.skipif(not interpreting(), reason="the interpreter runs one program after another")
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+@pytest.mark.parametrize("tokens", [2, 64, 80])
+def test_any_order_of_programs(tokens: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever program arrives last does the rest, and nothing else depends on the order."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    case = Case("order", tokens, 21, 4, hidden=200, layers=2)
+    logits, arguments = make(case, "cpu")
+    want = route_predict_permute(logits, 4, **arguments)
+    generator = torch.Generator().manual_seed(tokens)
+    set_index = builder.set_grid_idx
+    orders: dict[int, list[int]] = {}
+
+    def in_another_order(x: int, y: int, z: int) -> None:
+        size = builder.grid_dim[0]
+        if size not in orders:
+            shuffled = torch.randperm(size, generator=generator).tolist()
+            orders[size] = shuffled if order == "shuffled" else list(range(size))[::-1]
+        set_index(orders[size][x], y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", in_another_order)
+    with poisoned():
+        got = route_predict_permute(logits, 4, **arguments)
+    assert max(orders) > 1
+    assert_same(got, want, rtol=0.0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_sizes(seed: int, device: str) -> None:

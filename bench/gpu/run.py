@@ -47,6 +47,8 @@ class Part:
 PARTS = (
     Part("test", "gpu_tests", 120, "the tests marked gpu; nothing is timed when one fails"),
     Part("roofs", "copy_roofs", 30, "pinned copies idle and while computing, HBM, GEMM, pinning"),
+    Part("routing", "routing", 45, "routing, prediction and sorting in one launch, in a graph"),
+    Part("triton", "triton_experts", 60, "Triton expert kernels beside transformers' own"),
 )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_offload.backends.grouped_mm import GroupedMM
 from moe_offload.backends.native import Native
+from moe_offload.backends.triton import TritonExperts
 from moe_offload.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class ExpertBackend(Protocol):
         """
 
 
-_KNOWN: tuple[ExpertBackend, ...] = (Native(), GroupedMM())
+_KNOWN: tuple[ExpertBackend, ...] = (Native(), TritonExperts(), GroupedMM())
 NAMES = tuple(backend.name for backend in _KNOWN)
 
 
@@ -101,6 +102,8 @@ def choose(
     for backend in _KNOWN:
         if wanted not in ("auto", backend.name):
             continue
+        if wanted == "auto" and backend.name == "triton":
+            continue  # slots are in RAM, where Triton's kernels are only interpreted, for tests
         reason = backend.missing() or backend.supports(module, layout)
         if reason is None:
             return backend, "; ".join(passed_over) or None
