@@ -22,7 +22,7 @@ PIP := $(VENV)/bin/python -m pip -qq install --constraint constraints.txt
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS = setup.py CMakeLists.txt $(wildcard cmake/*.cmake) $(filter-out csrc/tests/%,$(CPP_FILES))
 
-.PHONY: demo test lint cpp-test py-test bench gpu install clean
+.PHONY: demo test lint cpp-test py-test bench gpu cuda-check install clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -65,6 +65,10 @@ gpu: CMAKE_ARGS :=
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) bench/gpu/run.py $(PARTS) --results $(RESULTS)
+
+# Every kernel for every architecture: no spills, and the instructions each promises. No GPU needed.
+cuda-check: install
+	$(VENV)/bin/python cmake/cuda_check.py
 
 install: $(VENV)/install.stamp
 

@@ -49,6 +49,7 @@ PARTS = (
     Part("roofs", "copy_roofs", 30, "pinned copies idle and while computing, HBM, GEMM, pinning"),
     Part("routing", "routing", 45, "routing, prediction and sorting in one launch, in a graph"),
     Part("triton", "triton_experts", 60, "Triton expert kernels beside transformers' own"),
+    Part("expert_kernels", "expert_kernels", 150, "resident experts: ours, grouped_mm, batched_mm"),
 )
 
 

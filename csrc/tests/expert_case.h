@@ -137,6 +137,7 @@ struct Case {
         params.interleaved = s.interleaved;
         params.alpha = 1.702f;
         params.limit = 1.5f;
+        params.offset = 1.0f;
         poison();
         tickets.assign((s.hidden + 31) / 32, 0);
         params.tickets = tickets.data();

@@ -30,7 +30,7 @@ SIMT_FUNCTION ActivationForm activation_form(const ExpertParams& p) {
     return {clamped ? p.alpha
             : tanh  ? 1.5957691f
                     : 1.0f,
-            tanh ? 0.071354814f : 0.0f, clamped ? p.limit : 3.4e38f, clamped ? 1.0f : 0.0f,
+            tanh ? 0.071354814f : 0.0f, clamped ? p.limit : 3.4e38f, clamped ? p.offset : 0.0f,
             p.activation};
 }
 

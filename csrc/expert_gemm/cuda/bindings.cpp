@@ -59,6 +59,7 @@ PYBIND11_MODULE(_cuda, m) {
         .def_readwrite("interleaved", &ExpertParams::interleaved)
         .def_readwrite("alpha", &ExpertParams::alpha)
         .def_readwrite("limit", &ExpertParams::limit)
+        .def_readwrite("offset", &ExpertParams::offset)
         .def_property(
             "dtype", [](const ExpertParams& p) { return int(p.dtype); },
             [](ExpertParams& p, int value) { p.dtype = DType(value); })

@@ -14,7 +14,7 @@ namespace moe_offload::cuda {
 enum class DType : int32_t { bf16 = 0, f16 = 1 };
 
 // clamped_swiglu is gpt-oss': gate clamped from above, up from both sides, at `limit`;
-// gate * sigmoid(alpha * gate) * (up + 1).
+// gate * sigmoid(alpha * gate) * (up + offset), offset 1.
 enum class Activation : int32_t { silu, gelu, gelu_tanh, relu, relu2, clamped_swiglu };
 
 // Where weights are. A page holds gate_up [2F, H] (ungated: up [F, H]) and down [H, F] row by row,
@@ -65,9 +65,9 @@ struct ExpertParams {
     int32_t max_groups;  // bounds the grid
     DType dtype;
     Activation activation;
-    bool gated;          // gate_up pages; false: up pages
-    bool interleaved;    // gate and up rows alternate
-    float alpha, limit;  // clamped_swiglu
+    bool gated;                  // gate_up pages; false: up pages
+    bool interleaved;            // gate and up rows alternate
+    float alpha, limit, offset;  // clamped_swiglu
 
     TILE_FUNCTION Group group(int index) const {
         if (groups) return groups[index];
