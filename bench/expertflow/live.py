@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness import Row, environment, machine_name, median, pin_to_cores, print_table, save
 from workloads import WORKLOADS, prompts
 
-PRESETS = ("cache-moe", "se-moe", "pregated-moe", "expertflow", "auto")
+PRESETS = ("cache-moe", "se-moe", "expertflow", "auto")
 
 
 @dataclass(frozen=True)
