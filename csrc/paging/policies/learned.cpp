@@ -7,9 +7,10 @@
 namespace moe_offload {
 namespace {
 
-// Each of these is flat around its value: doubling or halving it moves no real
-// trace by more than 2 points of the gap that the policy closes
-// (docs/policies.md).
+// Chosen on parts of the real traces. 4 096 passes against 1 024 are worth up to 6 points of the
+// gap that the policy closes, against 8 192 they cost under 1; sixteen neighbours and a discount of
+// 0.8 are within 1.5 of their tried neighbours (docs/policies.md), as are
+// averages weighted 0.03 to 1 and every call learned from. The last three were not varied.
 constexpr size_t kPassesRemembered = 4096;
 constexpr size_t kNeighbours = 16;
 constexpr float kAverageWeight = 0.3F;  // of the 20-visit average, in neighbours
