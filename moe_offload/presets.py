@@ -46,7 +46,7 @@ PRESETS: dict[str, Preset] = {
         "route",
     ),
     "auto": Preset(
-        "what docs/study.md found best",
+        "the policy that follows the best of three shadow caches; docs/policies.md",
         "",
         {"policy": "auto", "predictor": "auto"},
         "route",
