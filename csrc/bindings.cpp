@@ -17,6 +17,7 @@
 #include "paging/memory_source.h"
 #include "paging/pager.h"
 #include "paging/policies/path_predictor.h"
+#include "replay_bindings.h"
 
 namespace py = pybind11;
 using namespace moe_offload;
@@ -182,6 +183,7 @@ PYBIND11_MODULE(_core, m) {
     bind_expert_ffn(m);
     m.attr("MIN_SLOTS") = kMinSlots;
     m.def("policy_names", &policy_names, "live_only"_a);
+    bind_replay(m);
     m.def("build_info", [] {
         return py::dict("compiler"_a = __VERSION__, "cplusplus"_a = __cplusplus,
                         "pybind11"_a = PYBIND11_TOSTRING(
@@ -322,6 +324,7 @@ PYBIND11_MODULE(_core, m) {
             "layer"_a, "experts"_a, "probabilities"_a, "visits_ahead"_a = 0, ReleaseGil())
         .def("begin_sequence", &Pager::begin_sequence, ReleaseGil())
         .def("set_recording", &Pager::set_recording, "recording"_a, ReleaseGil())
+        .def("recorded", [](const Pager& self) { return events_dict(self.recorded()); })
         .def(
             "fill",
             [](Pager& self, const std::vector<std::pair<int32_t, int32_t>>& pages) {

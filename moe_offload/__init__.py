@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_offload.offloader import Offloader
     from moe_offload.planning import plan
     from moe_offload.scheduling import batch_generate
+    from moe_offload.trace_recorder import record
     from moe_offload.verification import verify
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOMES = {
     "OffloadedMoE": "moe_offload.layer",
     "batch_generate": "moe_offload.scheduling",
     "plan": "moe_offload.planning",
+    "record": "moe_offload.trace_recorder",
     "verify": "moe_offload.verification",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "get_offloader",
     "offload",
     "plan",
+    "record",
     "verify",
 ]
 

@@ -12,11 +12,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import moe_offload
 from moe_offload.errors import MoEOffloadError
-from moe_offload.policies import LIVE_POLICIES
+from moe_offload.policies import LIVE_POLICIES, POLICIES
 
 _MODEL = "a checkpoint folder, a hub id, or `tiny`, the small model that comes with this package"
 _BUDGET = 'memory for experts: bytes, "6GiB", "500MB" or a share of all experts, "25%%"'
@@ -99,6 +99,14 @@ def _parser() -> argparse.ArgumentParser:
             "and print what each saved, wasted and cost.",
         )
     )
+    _add_replay(
+        add(
+            "replay",
+            "what cache policies would have done with a routing trace",
+            "Replay TRACE against cache policies and print one row per policy, cap and batch. "
+            "Belady's rows are the line nobody beats.",
+        )
+    )
     return parser
 
 
@@ -127,6 +135,44 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="(64)")
     parser.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each (3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "trace", metavar="TRACE", help="an .npz that `record` wrote, or a known published one"
+    )
+    parser.add_argument(
+        "--policy",
+        type=_listed(str),
+        default=["lru", "belady-bypass"],
+        metavar="A,B",
+        help=f"of {', '.join(POLICIES)}, or `all` (lru,belady-bypass)",
+    )
+    parser.add_argument(
+        "--cap", type=_listed(float), default=[0.25], metavar="X,Y", help="shares of slots (0.25)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_listed(_batch),
+        default=[1],
+        metavar="N,M",
+        help="streams side by side, or `recorded` for the model calls as they were (1)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+
+
+def _listed(element: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        try:
+            return [element(part.strip()) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a list such as 1,4, got {text!r}") from None
+
+    return parse
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "recorded" else int(text)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +279,12 @@ def _demo(args: argparse.Namespace) -> int:
     return demo()
 
 
+def _replay(args: argparse.Namespace) -> int:
+    from moe_offload.cli_replay import replay
+
+    return replay(args)
+
+
 def _plan(args: argparse.Namespace) -> int:
     from moe_offload.config import OffloadConfig
 
@@ -268,5 +320,6 @@ _COMMANDS = {
     "doctor": _doctor,
     "generate": _generate,
     "plan": _plan,
+    "replay": _replay,
     "verify": _verify,
 }

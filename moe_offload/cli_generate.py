@@ -20,14 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload.config import OffloadConfig, format_bytes
-from moe_offload.errors import CheckpointError, MoEOffloadError
+from moe_offload.errors import CheckpointError, InputError
 from moe_offload.models import tiny_moe_path
 
 _VERIFY_PROMPTS = ["Once upon a time there was", "What is 12 + 30? Explain step by step."]
-
-
-class InputError(MoEOffloadError, ValueError):
-    """A prompt or a file given on the command line is not usable."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,14 @@ class CheckpointError(MoEOffloadError, ValueError):
     """A checkpoint is missing, truncated, malformed or inconsistent."""
 
 
+class InputError(MoEOffloadError, ValueError):
+    """What the command line was given cannot be used."""
+
+
+class TraceError(MoEOffloadError, ValueError):
+    """A routing trace is empty, malformed, or of another model."""
+
+
 class UnsupportedModelError(MoEOffloadError, ValueError):
     """The model has no experts this package can page, or is in a form it refuses."""
 

@@ -68,13 +68,17 @@ class ExpertPool:
         self._open(num_slots)
 
     @property
+    def policy(self) -> str:
+        return self._config.policy
+
+    @property
     def num_pages(self) -> int:
         return sum(self.num_experts)
 
     def _open(self, num_slots: int) -> None:
         self.num_slots = min(num_slots, self.num_pages)
         slots = max(self.num_slots, MIN_SLOTS)  # a pool of one page still gets two slots
-        kept = self._kept_pages() if self._config.policy == "static" else []
+        kept = self.kept_pages() if self._config.policy == "static" else []
         self.slab: Tensor | None = allocate_slab(self.layout, slots)
         self.views: dict[str, Tensor] = self.layout.views(self.slab)
         self.pager = _core.Pager(
@@ -93,7 +97,7 @@ class ExpertPool:
             wait_timeout_s=self._config.wait_timeout_s,
         )
 
-    def _kept_pages(self) -> list[tuple[int, int]]:
+    def kept_pages(self) -> list[tuple[int, int]]:
         """The static set in pool indices: as configured, else the first experts of each layer."""
         if self._config.static_experts is not None:
             local = {layer: i for i, layer in enumerate(self.layers)}
@@ -119,7 +123,7 @@ class ExpertPool:
     def fill(self) -> None:
         """Read pages into all free slots and wait for them."""
         if self._config.policy == "static":
-            self.pager.fill(self._kept_pages())
+            self.pager.fill(self.kept_pages())
         else:
             self.pager.fill(self.pages_by_rank(self.num_pages))
         self.pager.drain()

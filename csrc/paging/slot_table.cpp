@@ -78,7 +78,7 @@ const std::vector<SlotTable::Admitted>& SlotTable::admit(const LayerRequest& req
         bool taken = take(request, item, forced, from_hits, live);
         while (!taken && forced && live.reclaim && live.reclaim())
             taken = take(request, item, forced, from_hits, live);
-        if (!taken && !from_hits && chains_.empty()) {
+        if (!taken && forced && !from_hits && chains_.empty()) {
             // The pool is so small that this request's own hits fill it: through their slots.
             from_hits = true;
             taken = take(request, item, forced, from_hits, live);

@@ -58,8 +58,9 @@ class SlotTable {
 
     // Decides for the misses of a request, whose hits are pinned and touched: who gets a slot to
     // stay in, who passes through whose slot. Each miss appears once, in the order copies should
-    // be asked for, its slot pinned on its behalf; {} when every slot is pinned by others. At most
-    // `limit` misses stay, unless the policy chooses itself. Valid until the next call.
+    // be asked for, its slot pinned on its behalf; {} when every slot is pinned by others (or the
+    // policy needs none). At most `limit` misses stay, unless the policy chooses itself. Valid
+    // until the next call.
     const std::vector<Admitted>& admit(const LayerRequest& request, std::span<const int32_t> misses,
                                        size_t limit, const Circumstances& live);
     // Pages that lost their slot in the last `admit`.

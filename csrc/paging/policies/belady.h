@@ -1,6 +1,9 @@
-// Belady's MIN: the page used farthest in the future leaves. Needs the future, so replay only; no
-// policy without bypass can miss less than MIN, and none at all less than MIN with bypass, where a
-// missed page may pass through instead of displacing one that is needed earlier.
+// Belady's MIN: the page used farthest in the future leaves. Needs the future, so replay only.
+//
+// Without bypass every missed page takes a slot; no policy that does so misses less. With bypass a
+// missed page may pass through instead of displacing one that is needed earlier, and no policy at
+// all misses less: the line nobody beats. To be that bound it may even keep none of a request's
+// misses, as if there were a slot outside the pool to pass through; a pager needs one of its own.
 #pragma once
 
 #include "ranked.h"
@@ -24,6 +27,9 @@ class Belady final : public Ranked {
         return !bypass_ || Ranked::admits(incoming, victim);
     }
     bool evicts_hits() const override { return bypass_; }
+    size_t smallest_share(size_t num_misses) const override {
+        return bypass_ ? 0 : Ranked::smallest_share(num_misses);
+    }
 
   private:
     static constexpr double kNever = 1e18;

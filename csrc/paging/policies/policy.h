@@ -65,7 +65,8 @@ class EvictionPolicy {
     // True when the policy decides how many misses stay (`admits`), false for the pager's limit.
     virtual bool chooses() const { return false; }
     // Is the incoming page worth more than the victim? Asked when `chooses`; of every request at
-    // least smallest_share misses stay, because bytes cannot arrive without a slot.
+    // least smallest_share misses stay, because bytes cannot arrive without a slot. (A bound that
+    // no pager has to reach may say 0: all may pass through slots outside the pool.)
     virtual bool admits(PageIndex, PageIndex) const { return true; }
     // One slot would do; but a stream through one slot copies and computes in turn, so from four
     // misses on two are used.
