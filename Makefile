@@ -85,7 +85,7 @@ liburing:
 # Editable and not isolated, so that it compiles with the pinned tools and only what changed.
 $(VENV)/install.stamp: $(VENV)/tools.stamp pyproject.toml $(BUILD_INPUTS) | liburing
 	@echo "Installing moe_offload and what it needs into $(VENV); torch is the large part."
-	@$(PIP) --no-build-isolation --editable '.[hf,dev]'
+	@$(PIP) --no-build-isolation --editable '.[hf,dev,plots]'
 	@touch $@
 
 $(VENV)/tools.stamp: constraints.txt

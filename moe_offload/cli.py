@@ -158,6 +158,7 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
         metavar="N,M",
         help="streams side by side, or `recorded` for the model calls as they were (1)",
     )
+    parser.add_argument("--plot", metavar="DIR", help="write figures and report.html there")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 

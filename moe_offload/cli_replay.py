@@ -42,6 +42,12 @@ def replay(args: argparse.Namespace) -> int:
     else:
         print(f"{trace.model or args.trace}: {_describe(trace)}")
         print(table(results))
+    if args.plot:
+        from moe_offload.replay_report import write_report
+
+        path = write_report(trace, results, args.plot)
+        if not args.json:
+            print(f"figures: {path}")
     return 0
 
 

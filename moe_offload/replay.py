@@ -26,7 +26,7 @@ from moe_offload.errors import TraceError
 from moe_offload.policies import POLICIES
 from moe_offload.traces import DECODE, Events, Trace
 
-REQUEST, PREFETCH, PREDICT, SEQUENCE, FILL = range(5)  # csrc/paging/event_log.h
+REQUEST, PREFETCH, PREDICT, SEQUENCE, FILL, EXPECT = range(6)  # csrc/paging/event_log.h
 _CELLS = 1 << 24  # (step, layer, expert) cells handled at once: 128 MiB of counts
 _PROFILE_SHARE = 0.1  # of the trace: what `static` learns its set from
 Batch = int | Literal["recorded"]

@@ -157,7 +157,8 @@ class Events:
     """What one pager was asked, in order; the arrays of csrc/paging/event_log.h.
 
     Attributes:
-        kinds: [n] uint8: 0 request, 1 prefetch, 2 predict, 3 new sequences, 4 fill.
+        kinds: [n] uint8: 0 request, 1 prefetch, 2 predict, 3 new sequences, 4 fill,
+            5 expect.
         layers: [n] int32.
         counts: [n] int32: tokens of a request; visits ahead of a prediction.
         expert_offsets: [n + 1] int64 into `experts`.

@@ -15,6 +15,7 @@ enum class EventKind : uint8_t {
     kPredict = 2,   // values: probability per expert; count: visits ahead
     kSequence = 3,  // what follows belongs to new prompts
     kFill = 4,      // into free slots
+    kExpect = 5,    // residents that no prefetch may evict before the layer's next request
 };
 
 struct EventLog {

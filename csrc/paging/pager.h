@@ -83,8 +83,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     // Which of these experts are neither resident nor on their way, in the order given. Those that
     // are resident are protected: until the layer's next acquire no prefetch evicts them. (Least
     // recently used are the very layers a prefetch is for, so without this the prefetch of one
-    // predicted page would push out another that is here already.) Not in the event log: what a
-    // cancelled prefetch leaves depends on timing, so a replay of such a run is not exact anyway.
+    // predicted page would push out another that is here already.)
     std::vector<int32_t> expect(int32_t layer, std::span<const int32_t> experts);
     // Cancels prefetches of a layer (-1: all) that nobody has demanded, except those of experts
     // in `keep`. acquire does this for its own layer: once a layer is routed, the rest of its

@@ -43,6 +43,7 @@ std::vector<int32_t> Pager::expect(int32_t layer, std::span<const int32_t> exper
     check_usable();
     Lock lock(mutex_);
     check_request(layer, experts);
+    if (log_) log_->add(EventKind::kExpect, layer, experts, {}, 0);
     std::vector<int32_t> absent;
     for (const int32_t expert : experts) {
         const auto& load = loads_[page_of(layer, expert)];

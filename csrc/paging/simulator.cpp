@@ -15,6 +15,7 @@ Simulator::Simulator(const std::string& policy, const PolicySetting& setting, si
       counters_(setting.num_layers()),
       prefetches_(setting.num_layers(), 0),
       wasted_(setting.num_layers(), 0),
+      expected_at_(setting.num_pages(), 0),
       unused_(setting.num_pages(), false),
       seen_(setting.num_pages(), 0) {
     if (setting.num_layers() == 0 || stride_ == 0)
@@ -75,6 +76,12 @@ void Simulator::run(const EventView& events, std::span<int32_t> misses,
                 for (const PageIndex page : pages_)
                     if (table_.slot_of(page) == kNoSlot) table_.place_free(page);
                 break;
+            case EventKind::kExpect:
+                for (const PageIndex page : pages_)
+                    expected_at_[page] = table_.slot_of(page) == kNoSlot
+                                             ? 0
+                                             : counters_[static_cast<size_t>(layer)].acquires + 1;
+                break;
             default:
                 throw std::invalid_argument("Simulator: event " + std::to_string(i) +
                                             " has the unknown kind " +
@@ -123,11 +130,14 @@ int32_t Simulator::request(int32_t layer, std::span<const float> weights, int32_
 }
 
 int32_t Simulator::prefetch(int32_t layer) {
+    const auto may_evict = [this](PageIndex candidate) {
+        const uint64_t visit = counters_[candidate / stride_].acquires + 1;
+        return !unused_[candidate] && expected_at_[candidate] != visit;
+    };
     int32_t started = 0;
     for (const PageIndex page : pages_) {
         if (table_.slot_of(page) != kNoSlot) continue;
-        const auto placed =
-            table_.place(page, [this](PageIndex candidate) { return !unused_[candidate]; }, false);
+        const auto placed = table_.place(page, may_evict, false);
         if (!placed) break;
         if (placed->evicted != kNoPage) count_eviction(placed->evicted);
         unused_[page] = true;
@@ -140,6 +150,7 @@ int32_t Simulator::prefetch(int32_t layer) {
 void Simulator::count_eviction(PageIndex page) {
     const size_t layer = page / stride_;
     ++counters_[layer].evictions;
+    expected_at_[page] = 0;
     if (unused_[page]) {
         unused_[page] = false;
         ++wasted_[layer];

@@ -2,7 +2,7 @@
 //
 // Every copy is taken to end at once, everything else is SlotTable's doing, as in the pager. So for
 // a recorded run the counters agree exactly with the live ones, where a live prefetch that was
-// still on its way (joined) is a prefetch hit here.
+// still on its way (joined) is a prefetch hit here, and none is ever cancelled.
 #pragma once
 
 #include "counters.h"
@@ -49,8 +49,9 @@ class Simulator {
     SlotTable table_;
     std::vector<LayerCounters> counters_;
     std::vector<uint64_t> prefetches_, wasted_;
-    std::vector<bool> unused_;    // [pages] prefetched, not demanded yet
-    std::vector<uint64_t> seen_;  // [pages] 1 + event that named the page
+    std::vector<uint64_t> expected_at_;  // [pages] 1 + acquires of its layer when last expected
+    std::vector<bool> unused_;           // [pages] prefetched, not demanded yet
+    std::vector<uint64_t> seen_;         // [pages] 1 + event that named the page
     uint64_t serial_ = 0;
     std::vector<PageIndex> pages_;
     std::vector<int32_t> misses_;

@@ -62,6 +62,7 @@ void a_recorded_run_is_repeated_exactly() {
                     if (random() % 3 == 0) {
                         const std::vector<int32_t> likely(ids.begin(), ids.begin() + 3);
                         pager->predict(layer, likely, std::vector<float>{0.9F, 0.5F, 0.1F});
+                        if (random() % 2 == 0) pager->expect(layer, likely);
                         if (random() % 2 == 0) pager->prefetch(layer, likely);
                         pager->drain();
                     }
