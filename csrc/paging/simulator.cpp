@@ -131,8 +131,7 @@ int32_t Simulator::request(int32_t layer, std::span<const float> weights, int32_
 
 int32_t Simulator::prefetch(int32_t layer) {
     const auto may_evict = [this](PageIndex candidate) {
-        const uint64_t visit = counters_[candidate / stride_].acquires + 1;
-        return !unused_[candidate] && expected_at_[candidate] != visit;
+        return expected_at_[candidate] != counters_[candidate / stride_].acquires + 1;
     };
     int32_t started = 0;
     for (const PageIndex page : pages_) {
@@ -141,6 +140,7 @@ int32_t Simulator::prefetch(int32_t layer) {
         if (!placed) break;
         if (placed->evicted != kNoPage) count_eviction(placed->evicted);
         unused_[page] = true;
+        expected_at_[page] = counters_[static_cast<size_t>(layer)].acquires + 1;
         ++started;
     }
     prefetches_[static_cast<size_t>(layer)] += static_cast<uint64_t>(started);
