@@ -605,10 +605,11 @@ void decisions_do_not_depend_on_timing() {
     }
 }
 
-// Random acquires, prefetches, cancels and failures on several threads, under chaos. Returns how
-// many requests failed: with few copies that may be none.
-int random_requests_under_hostile_timing(int threads, size_t slots, const std::string& policy,
-                                         double fail, int steps) {
+// Random acquires, prefetches, cancels and failures on several threads, under chaos. `fail` is 0 or
+// large enough to be met: at 0.05 one in some hundred runs met no failure, so a run has about a
+// hundred copies, and at 0.2 the chance is that to the power of four (0.8 = 0.95^4.35).
+void random_requests_under_hostile_timing(int threads, size_t slots, const std::string& policy,
+                                          double fail, int steps) {
     Pool pool(slots, 3, 8, 3, 0, policy, {0, 8});
     pool.pager->set_chaos({slots, 30, true, fail}, 0.05);
     std::atomic<int> failures = 0;
@@ -648,7 +649,7 @@ int random_requests_under_hostile_timing(int threads, size_t slots, const std::s
     pool.pager->set_chaos({}, 0.0);
     pool.pager->drain();
     CHECK_EQ(pool.pager->num_live_tickets(), 0u);
-    CHECK(failures == 0 || fail > 0);
+    CHECK_EQ(failures > 0, fail > 0);
     std::set<SlotIndex> used;
     for (const auto& [layer, expert, slot] : pool.pager->residents()) {
         CHECK(used.insert(slot).second);
@@ -657,19 +658,16 @@ int random_requests_under_hostile_timing(int threads, size_t slots, const std::s
     const LayerCounters sum = pool.total();
     CHECK_EQ(sum.lookups, sum.hits + sum.joined_prefetches + sum.demand_misses);
     for (int32_t layer = 0; layer < 3; ++layer) pool.forward(layer, {0, 1, 2, 3, 4, 5, 6, 7});
-    return failures;
 }
 
 void random_requests() {
-    int failures = 0;
     for (const std::string& policy : policy_names(true))
         for (const size_t slots : {4u, 6u, 13u, 24u}) {
             random_requests_under_hostile_timing(1, slots, policy, 0.0, 100);
-            failures += random_requests_under_hostile_timing(1, slots, policy, 0.05, 100);
+            random_requests_under_hostile_timing(1, slots, policy, 0.2, 100);
             random_requests_under_hostile_timing(3, slots, policy, 0.0, 80);
-            failures += random_requests_under_hostile_timing(3, slots, policy, 0.05, 80);
+            random_requests_under_hostile_timing(3, slots, policy, 0.2, 80);
         }
-    CHECK(failures > 0);
     random_requests_under_hostile_timing(4, 2, "lru", 0.02, 300);
 }
 
