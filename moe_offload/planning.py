@@ -212,8 +212,9 @@ class _Facts:
 
 def _live_facts(model: nn.Module) -> _Facts:
     from moe_offload.huggingface.adapters import find_expert_layers
+    from moe_offload.huggingface.attach import find_attachment
 
-    attachment = vars(model).get("_moe_offload")  # offloaded already
+    attachment = find_attachment(model)  # offloaded already
     layers = attachment.layers if attachment else find_expert_layers(model)
     in_memory = attachment is None or attachment.holds_parameters
     config: Any = copy.deepcopy(model.config)

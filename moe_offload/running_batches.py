@@ -24,13 +24,13 @@ from moe_offload.grouping import (
     refine,
     swaps_between,
 )
+from moe_offload.huggingface.attach import find_offloader
 from moe_offload.huggingface.observe import routed_layers
 from moe_offload.predictors.paths import GivenPaths, WindowPaths
 from moe_offload.predictors.rpp import RoutingPathPredictor
 from moe_offload.telemetry import total_counters
 
 if TYPE_CHECKING:
-    from moe_offload.predictors.driver import PrefetchDriver
     from moe_offload.scheduling import BatchReport
 
 # [n] newest token of each sequence, [n] sequence number -> [n, L, E], the chance that the
@@ -95,22 +95,6 @@ def _num_experts(experts: nn.Module) -> int:
     return count
 
 
-class PredictedPaths:
-    """The model's own Routing Path Predictor, put to work for all running batches.
-
-    Args:
-        driver: of the offloaded model; its predictor is followed instead of asked meanwhile.
-    """
-
-    def __init__(self, driver: PrefetchDriver) -> None:
-        assert isinstance(driver.predictor, RoutingPathPredictor)
-        self._predictor = driver.predictor
-        self.given = GivenPaths()
-
-    def follow(self, prompts: Sequence[Sequence[int]]) -> WindowPaths:
-        return WindowPaths(self._predictor, prompts)
-
-
 class _Batch:
     """Rows that run together: who sits where, their cache and what they are fed next."""
 
@@ -132,7 +116,8 @@ class Window:
         batch_size: int,
         report: BatchReport,
         paths: PathSource | None,
-        predicted: PredictedPaths | None = None,
+        predictor: RoutingPathPredictor | None = None,
+        given: GivenPaths | None = None,
     ) -> None:
         self._model, self._seats, self._report, self._paths = model, seats, report, paths
         self._prompts = prompts
@@ -143,8 +128,8 @@ class Window:
             for first in range(0, len(self._numbers), batch_size)
         ]
         self._length = max(map(len, prompts.values()))
-        self._given = None if predicted is None else predicted.given
-        self._ahead = None if predicted is None else predicted.follow(list(prompts.values()))
+        self._given = given  # where each batch's rows of the predicted paths are put
+        self._ahead = None if predictor is None else WindowPaths(predictor, list(prompts.values()))
         self._coming: Floats | None = None  # [n, L, E], what the coming step is expected to use
         num_experts = max(seats.num_experts)
         self._history = np.zeros((len(prompts), len(seats.layers), num_experts))
@@ -312,8 +297,8 @@ class Window:
 
 def _counters(model: Any) -> dict[str, float]:
     """The offloader's sums at this moment; nothing for a resident model."""
-    attachment = vars(model).get("_moe_offload")
-    return total_counters(attachment.offloader.pools) if attachment is not None else {}
+    offloader = find_offloader(model)
+    return {} if offloader is None else total_counters(offloader.pools)
 
 
 def _exchange(a: Tensor, row_a: int, b: Tensor, row_b: int) -> None:

@@ -18,16 +18,16 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
 from moe_offload.errors import StateError, UnsupportedModelError
+from moe_offload.huggingface.attach import find_offloader
+from moe_offload.predictors.paths import GivenPaths
+from moe_offload.predictors.rpp import RoutingPathPredictor
 from moe_offload.presets import PRESETS
-from moe_offload.running_batches import ExpertSeats, PathSource, PredictedPaths, Window
-
-if TYPE_CHECKING:
-    from moe_offload.offloader import Offloader
+from moe_offload.running_batches import ExpertSeats, PathSource, Window
 
 Schedule = Literal["fifo", "route"]
 
@@ -120,7 +120,7 @@ def batch_generate(
         >>> report = batch_generate(model, prompts, 16, "route", tokenizer=tokenizer)
         >>> report.texts[0], report.distinct_experts_per_step
     """
-    offloader = _offloader(model)
+    offloader = find_offloader(model)
     if schedule is None:
         preset = PRESETS.get(offloader.config.preset or "") if offloader is not None else None
         schedule = cast(Schedule, preset.schedule) if preset is not None else "fifo"
@@ -131,29 +131,26 @@ def batch_generate(
     start = time.perf_counter()
     window_size = batch_size * num_running
     driver = offloader.predicting if offloader is not None else None
-    predicted = None
-    if driver is not None and driver.predictor.name == "rpp":
-        predicted = PredictedPaths(driver)
+    predictor = given = None
+    if driver is not None and isinstance(driver.predictor, RoutingPathPredictor):
+        predictor, given = driver.predictor, GivenPaths()
     with (
         torch.no_grad(),
         ExpertSeats(model) as seats,
-        driver.replaced_by(predicted.given) if driver and predicted else nullcontext(),
+        driver.replaced_by(given) if driver and given else nullcontext(),
     ):
         for first in range(0, len(token_ids), window_size):
             numbers = range(first, min(first + window_size, len(token_ids)))
             batch_prompts = {n: token_ids[n] for n in numbers}
-            window = Window(model, seats, batch_prompts, batch_size, report, paths, predicted)
+            window = Window(
+                model, seats, batch_prompts, batch_size, report, paths, predictor, given
+            )
             exchange = min_gain if schedule == "route" else None
             window.run(max_new_tokens, _eos_ids(model, eos_token_id), exchange)
     report.seconds = time.perf_counter() - start
     if tokenizer is not None:
         report.texts = [tokenizer.decode(new, skip_special_tokens=True) for new in report.tokens]
     return report
-
-
-def _offloader(model: Any) -> Offloader | None:
-    attachment = vars(model).get("_moe_offload") if hasattr(model, "__dict__") else None
-    return attachment.offloader if attachment is not None else None
 
 
 def _check_arguments(

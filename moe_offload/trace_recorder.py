@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from moe_offload.errors import StateError
+from moe_offload.huggingface.attach import find_offloader
 from moe_offload.huggingface.observe import ModelCall, Observer, RoutedLayer, observe
 from moe_offload.layer import OffloadedExperts
-from moe_offload.offloader import Offloader
 from moe_offload.traces import _PART_ROWS, DECODE, PREFILL, Events, Trace, TraceWriter, _trace
 
 
@@ -146,8 +146,7 @@ def _num_experts(experts: Any) -> int:
 
 def _only_pool(model: nn.Module, layers: list[RoutedLayer]) -> Any:
     """The pool of an offloaded model, when one serves all its layers."""
-    attachment = vars(model).get("_moe_offload")
-    offloader: Offloader | None = getattr(attachment, "offloader", None)
+    offloader = find_offloader(model)
     if offloader is None and isinstance(layers[0].experts, OffloadedExperts):
         offloader = layers[0].experts.offloader
     if offloader is None or offloader.closed or len(offloader.pools) != 1:

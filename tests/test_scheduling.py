@@ -11,6 +11,7 @@ import torch
 import moe_offload
 from moe_offload.errors import StateError, UnsupportedModelError
 from moe_offload.huggingface.observe import Observer, observe
+from moe_offload.predictors.base import Predictor
 from moe_offload.scheduling import batch_generate
 from tests.tiny_models import CONTEXT, NUM_EXPERTS, TOP_K, VOCAB, tiny_model
 
@@ -110,6 +111,29 @@ def test_finished_sequences_reach_no_expert() -> None:
     report = batch_generate(model, [[5], [7]], 2, max_new_tokens=6, eos_token_id=ending)
     assert report.decode_tokens == 5, "the second sequence alone"
     assert report.distinct_experts_per_step == 2 * TOP_K
+
+
+@pytest.mark.parametrize("first", [[[5, 6, 7], [8]], [[5, 6, 7], [8, 9, 10]]])
+def test_muted_rows_say_nothing_about_a_predictor(first: list[list[int]]) -> None:
+    """Padding and finished rows carry nobody's id: no evidence against a router or a prediction."""
+    model = tiny_model("qwen3_moe")
+    free = batch_generate(model, first, 2, max_new_tokens=6, eos_token_id=None)
+    ending = next(t for t in free.tokens[0][:4] if t not in free.tokens[1])
+    with moe_offload.offload(model, device_budget="40%", predictor="lookahead") as offloader:
+        report = batch_generate(model, first, 2, max_new_tokens=6, eos_token_id=ending)
+        told = offloader.stats()["predictor"]
+    assert told["refused"] == []
+    # It tests itself on the prompts' call and predicts from the next one on.
+    assert told["recall"]["routed+1"]["tokens"] == report.decode_tokens
+
+
+def test_a_predictor_of_ones_own_may_have_any_name() -> None:
+    class Own(Predictor):
+        name = "rpp"
+
+    model = tiny_model("mixtral")
+    with moe_offload.offload(model, device_budget="50%", predictor=Own()):
+        assert len(batch_generate(model, [[5]], 1, max_new_tokens=2).tokens[0]) == 2
 
 
 def test_the_report_counts_what_happened() -> None:

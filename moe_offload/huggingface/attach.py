@@ -69,9 +69,20 @@ def get_offloader(model: nn.Module) -> Offloader:
     return offloader
 
 
+def find_attachment(model: Any) -> Attachment | None:
+    """What was changed in a model; None when it is not offloaded."""
+    return vars(model).get("_moe_offload") if isinstance(model, nn.Module) else None
+
+
+def find_offloader(model: Any) -> Offloader | None:
+    """The Offloader of a model; None when it is not offloaded."""
+    attachment = find_attachment(model)
+    return None if attachment is None else attachment.offloader
+
+
 def get_attachment(model: nn.Module) -> Attachment:
     """What was changed in an offloaded model; StateError when it is not offloaded."""
-    attachment = vars(model).get("_moe_offload") if isinstance(model, nn.Module) else None
+    attachment = find_attachment(model)
     if attachment is None:
         raise StateError(
             f"{type(model).__name__} is not offloaded. Use moe_offload.offload(model, "

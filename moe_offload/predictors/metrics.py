@@ -129,7 +129,7 @@ class LiveRecall:
         self.deep = top_k + max(1, top_k // 2)
 
     def add(self, moment: str, layer: int, asked: Ranked, rows: list[list[int]]) -> None:
-        """One prediction against the ids [R][A] that were used."""
+        """One prediction against the ids [R][A] that were used; rows of ids >= E do not count."""
         if asked.rows != len(rows):
             return
         if moment not in self._rows:
@@ -142,8 +142,9 @@ class LiveRecall:
             top = top_ids(asked.scores, self.deep)
             found = (top[:, :, None] == np.array(rows)[:, None, :]).any(-1)  # [R, A + m]
             near, deep = int(found[:, : self.top_k].sum()), int(found.sum())
+        num_experts = asked.scores.shape[1]
         row = self._rows[moment]
-        row[0, layer] += len(rows)
+        row[0, layer] += sum(min(used) < num_experts for used in rows)
         row[1, layer] += near / self.top_k
         row[2, layer] += deep / self.top_k
 

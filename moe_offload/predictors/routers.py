@@ -112,7 +112,12 @@ class RouterProbe:
             self._find_norm()
             self._ndim = self._input.dim()
             answer = self._read(self._ask_own(), topk_ids.shape[1])
-            if answer is None or not _same_choice(answer[1], topk_ids.numpy()):
+            theirs = topk_ids.numpy()
+            chosen = np.any(theirs < self._num_experts, axis=-1)  # rows that are not muted
+            if not chosen.any():
+                self._seen.clear()
+                return  # nothing to compare: the next call will tell
+            if answer is None or not _same_choice(answer[1], theirs, chosen):
                 self.refused = (
                     f"{self.name}: asked about its own input, {type(self.router).__name__} did not "
                     "give the experts the model chose"
@@ -237,8 +242,11 @@ def _fold(
     return None
 
 
-def _same_choice(mine: np.ndarray, theirs: np.ndarray) -> bool:
-    return mine.shape == theirs.shape and np.array_equal(np.sort(mine, -1), np.sort(theirs, -1))
+def _same_choice(mine: np.ndarray, theirs: np.ndarray, rows: Any) -> bool:
+    """Did these rows [R] bool choose the same experts [R, A], in whatever order?"""
+    return mine.shape == theirs.shape and np.array_equal(
+        np.sort(mine[rows], -1), np.sort(theirs[rows], -1)
+    )
 
 
 def _scores(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
