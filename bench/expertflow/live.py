@@ -59,12 +59,17 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...]) -> list[Row]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     import moe_offload
+    import moe_offload.huggingface  # the resident model computes with the kernels the slots use
     from moe_offload.models import tiny_moe_path
 
     logging.disable_progress_bar()
     path = tiny_moe_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    resident = _resident(AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval())
+    resident = _aligned(
+        AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", experts_implementation="moe_offload"
+        ).eval()
+    )
     rows: list[Row] = []
     for number, setting in enumerate(plan.settings):
         print(f"{number + 1}/{len(plan.settings)} {setting}", file=sys.stderr, flush=True)
@@ -99,8 +104,8 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...]) -> list[Row]:
     return rows
 
 
-def _resident(model: Any) -> Any:
-    """Weights on aligned memory, computed by the kernel the slots use: see moe_offload.verify."""
+def _aligned(model: Any) -> Any:
+    """Weights on aligned memory, as in moe_offload.verification."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
     return model
