@@ -9,7 +9,7 @@ with a backend that calls the module itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,26 @@ def recognise(module: Any) -> Activation | str:
             return _recognise(module)
     except Exception as error:  # a module may do anything; whatever it is, it is the reason
         return f"its activation could not be evaluated ({type(error).__name__}: {error})"
+
+
+def unsupported(
+    module: Any, dtypes: Iterable[torch.dtype], known: Container[torch.dtype]
+) -> str | None:
+    """Why kernels with activations of their own cannot compute a layer; None when they can.
+
+    Args:
+        module: as for `recognise`.
+        dtypes: of the layer's parameters.
+        known: dtypes the kernels have.
+    """
+    found = set(dtypes)
+    if len(found) > 1:
+        return f"its parameters have several dtypes: {sorted(map(str, found))}"
+    dtype = found.pop()
+    if dtype not in known:
+        return f"it has no kernels for {dtype}"
+    activation = recognise(module)
+    return activation if isinstance(activation, str) else None
 
 
 def _recognise(module: Any) -> Activation | str:

@@ -8,8 +8,8 @@ Tokens do not depend on the schedule. All sequences of a window are padded on th
 length and share one clock, so a sequence's attention is computed on the same shapes wherever it
 sits; a batch keeps its number of rows until it ends, finished and padding rows reach no expert
 (their ids are replaced by one that means "nobody's"). What is left is that an expert multiplies
-the rows of another set of neighbours: with a backend that computes each row alone, bit for bit
-the same; otherwise equal up to the rounding of a matrix product with another number of rows.
+the rows of other neighbours, and a matrix product may round differently when it has few rows than
+when it has many. The tests find the same tokens; a tie within that rounding could still turn.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def batch_generate(
         min_gain: pages per step an exchange of two sequences must be expected to save.
 
     Returns:
-        A BatchReport. The same tokens for both schedules, see the module's text.
+        A BatchReport. The same tokens for both schedules up to rounding, see the module's text.
 
     Raises:
         ValueError: no prompts, an empty prompt, batch_size or max_new_tokens below 1, an unknown

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_offload import _core
-from moe_offload.activations import Activation, recognise
+from moe_offload.activations import Activation, recognise, unsupported
 
 if TYPE_CHECKING:
     from moe_offload.pager import ExpertPool
@@ -35,13 +35,7 @@ class Native:
     def supports(self, module: Any, layout: PageLayout) -> str | None:
         if module.is_transposed:
             return "its weights are stored transposed, [K, N]"
-        dtypes = {section.dtype for section in layout.sections}
-        if len(dtypes) > 1:
-            return f"its parameters have several dtypes: {sorted(map(str, dtypes))}"
-        if not dtypes <= set(DTYPES):
-            return f"it has no kernels for {dtypes.pop()}"
-        activation = recognise(module)
-        return activation if isinstance(activation, str) else None
+        return unsupported(module, [section.dtype for section in layout.sections], DTYPES)
 
     def bind(self, module: Any, layout: PageLayout, num_experts: int) -> BoundLayer:
         activation = recognise(module)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_offload.activations import Activation, recognise
+from moe_offload.activations import Activation, recognise, unsupported
 
 if TYPE_CHECKING:
     from moe_offload.pager import ExpertPool
@@ -39,13 +39,7 @@ class TritonExperts:
         return None
 
     def supports(self, module: Any, layout: PageLayout) -> str | None:
-        dtypes = {section.dtype for section in layout.sections}
-        if len(dtypes) > 1:
-            return f"its parameters have several dtypes: {sorted(map(str, dtypes))}"
-        if not dtypes <= set(_FLOATS):
-            return f"it has no kernels for {dtypes.pop()}"
-        activation = recognise(module)
-        return activation if isinstance(activation, str) else None
+        return unsupported(module, [section.dtype for section in layout.sections], _FLOATS)
 
     def bind(self, module: Any, layout: PageLayout, num_experts: int) -> _Bound:
         activation = recognise(module)
