@@ -91,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt", action="append", metavar="TEXT", help="may be given several times"
     )
     verify.add_argument("--max-new-tokens", type=_count, default=16, metavar="N")
+    _add_train_predictor(
+        add(
+            "train-predictor",
+            "train a predictor from routing traces",
+            "Train a predictor of KIND from recorded traces, or from what MODEL writes after the "
+            "prompts of a file, and save it with a card. A share of the sequences is only used to "
+            "judge it.",
+        )
+    )
     _add_ablate(
         add(
             "ablate",
@@ -108,6 +117,35 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     return parser
+
+
+def _add_train_predictor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "kind",
+        choices=("rpp", "preattention"),
+        metavar="KIND",
+        help="rpp: from "
+        "the tokens alone; preattention: linear heads on the layers' inputs, needs --model",
+    )
+    parser.add_argument(
+        "--trace",
+        action="append",
+        default=[],
+        metavar="F",
+        help="a recorded trace; may be given several times",
+    )
+    parser.add_argument("--model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--device-budget", default="25%", metavar="B", help=f"{_BUDGET} (25%%)")
+    parser.add_argument("--prompts", metavar="F", help="one prompt per line, which MODEL continues")
+    parser.add_argument("--max-new-tokens", type=_count, default=128, metavar="N", help="(128)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--data", metavar="TEXT", help="what the data is, for the card")
+    parser.add_argument("--steps", type=_count, default=2000, metavar="N", help="at most (2000)")
+    parser.add_argument("--minutes", type=_at_least_zero, metavar="X", help="at most")
+    parser.add_argument("--batch", type=_count, default=12, metavar="N", help="sequences (12)")
+    parser.add_argument("--held-out", type=_share, default=0.1, metavar="X", help="share (0.1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:
@@ -307,6 +345,12 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if report["works"] else FAILED
 
 
+def _train_predictor(args: argparse.Namespace) -> int:
+    from moe_offload.predictors.train_command import train_predictor
+
+    return train_predictor(args)
+
+
 def _ablate(args: argparse.Namespace) -> int:
     from moe_offload.ablation import command
     from moe_offload.config import OffloadConfig
@@ -322,5 +366,6 @@ _COMMANDS = {
     "generate": _generate,
     "plan": _plan,
     "replay": _replay,
+    "train-predictor": _train_predictor,
     "verify": _verify,
 }
