@@ -224,8 +224,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="F", help="a file that holds it; - for stdin")
+    parser.add_argument("--policy", choices=LIVE_POLICIES, help="which expert leaves (lru)")
     parser.add_argument(
-        "--policy", choices=LIVE_POLICIES, default="lru", help="which expert leaves (lru)"
+        "--predictor",
+        metavar="P",
+        help="what is fetched early: a name, or the folder of a trained predictor (none)",
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="policy and predictor of a published system, or `auto`"
     )
     parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="(64)")
     parser.add_argument(

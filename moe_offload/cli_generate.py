@@ -118,7 +118,11 @@ def load_model(path: str, config: OffloadConfig) -> tuple[Any, Any]:
     from moe_offload.huggingface import from_pretrained, get_offloader
 
     model = from_pretrained(
-        path, device_budget=config.device_budget, policy=config.policy, fill=False
+        path,
+        device_budget=config.device_budget,
+        policy=config.policy,
+        predictor=config.predictor,
+        fill=False,
     )
     offloader = get_offloader(model)
     try:
@@ -219,7 +223,9 @@ def write_now(text: str) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """The command `generate`."""
-    config = OffloadConfig(device_budget=args.device_budget, policy=args.policy)
+    names = ("device_budget", "policy", "predictor", "preset")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = OffloadConfig.from_options(**given)
     prompt = args.prompt if args.prompt is not None else _read_prompt(args.prompt_file)
     _check_writable(args.timeline)
     path = resolve_model(args.model)

@@ -120,6 +120,15 @@ def test_json_is_the_last_line_and_complete(
     assert result["peak_rss_bytes"] > 50e6, "torch alone is more"
 
 
+@pytest.mark.parametrize("option", [("--predictor", "lookahead"), ("--preset", "se-moe")])
+def test_predictor_and_preset_are_options(
+    checkpoint: Path, option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, _, _ = generate(checkpoint, capsys, *option, "--device-budget", "50%")
+    assert result["tokens"] == resident_tokens(checkpoint, PROMPT, 8)
+    assert result["stats"]["predictor"]["name"] in ("lookahead", "ring")
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static"])
 @pytest.mark.parametrize("budget", ["8192", "8KiB", "50%", "100%"])
 def test_tokens_do_not_depend_on_policy_and_budget(

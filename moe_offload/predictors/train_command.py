@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,26 +15,27 @@ from moe_offload.predictors.artefact import FILE
 from moe_offload.predictors.rpp_model import RppConfig
 from moe_offload.predictors.rpp_training import Sample
 from moe_offload.predictors.training import train_preattention_to, train_rpp_to
+from moe_offload.trace_files import read_trace
+from moe_offload.traces import DECODE, Trace
 
 _MIN_DECODED = 4
-_DECODE = 1  # a trace's phase of a row that was decoded
 
 
-def samples_from_trace(trace: Any, domain: str = "") -> list[Sample]:
+def samples_from_trace(trace: Trace, domain: str = "") -> list[Sample]:
     """The sequences of a trace, each split into its prompt and what was decoded.
 
     A sequence that was only ever read as a prompt (teacher-forced text) is split after its first
-    quarter, at most 64 tokens. Sequences without token ids or with under 4 decoded tokens are
-    left out.
+    quarter, at most 64 tokens. Sequences without token ids, with a row that no expert was chosen
+    for, or with under 4 decoded tokens are left out.
     """
     samples = []
     order = np.argsort(trace.sequence, kind="stable")
     keys, starts = np.unique(trace.sequence[order], return_index=True)
     for key, rows in zip(keys, np.split(order, starts[1:]), strict=True):
         tokens = trace.token_id[rows]
-        if key < 0 or (tokens < 0).any():
+        if key < 0 or (tokens < 0).any() or (trace.ids[rows] < 0).any():
             continue
-        decoded = np.flatnonzero(trace.phase[rows] == _DECODE)
+        decoded = np.flatnonzero(trace.phase[rows] == DECODE)
         cut = int(decoded[0]) if len(decoded) else min(64, len(rows) // 4)
         cut = max(cut, 1)
         if len(rows) - cut >= _MIN_DECODED:
@@ -57,8 +57,12 @@ def train_predictor(args: argparse.Namespace) -> int:
         raise PredictorError(
             "nothing to learn from: give --trace F, or --model MODEL and --prompts F to record one"
         )
+    if args.prompts is not None and args.model is None:
+        raise PredictorError("--prompts are continued by a model: give --model MODEL too")
     if args.prompts is not None and not Path(args.prompts).is_file():
         raise PredictorError(f"train-predictor: there is no file {args.prompts}")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise PredictorError(f"train-predictor: --out {args.out} is a file; name a folder")
     model, facts = (None, None) if args.model is None else _load(args)
     samples, num_experts, top_k, vocab = _gather(args, model, facts)
     say = print if not args.json else (lambda line: None)
@@ -69,9 +73,11 @@ def train_predictor(args: argparse.Namespace) -> int:
         "batch": args.batch,
         "seed": args.seed,
         "held_out": args.held_out,
-        "log": lambda line: say(line),
+        "log": say,
     }
     if args.kind == "rpp":
+        if args.model is None:
+            say(f"{vocab} token ids, counted in the trace: give --model to match a model's number")
         config = RppConfig(vocab, len(num_experts), num_experts[0], top_k)
         report = train_rpp_to(args.out, samples, config, **options)
     else:
@@ -114,11 +120,11 @@ def _gather(
     samples: list[Sample] = []
     num_experts: Sequence[int] | None = None if facts is None else facts.num_experts
     for path in args.trace:
-        trace = _read_trace(path)
-        num_experts = list(trace.num_experts) if num_experts is None else num_experts
-        trace.check_model(num_experts)
+        trace = read_trace(path)
+        num_experts = trace.num_experts if num_experts is None else num_experts
+        trace.check_model(num_experts, "the first trace" if facts is None else args.model)
         samples += samples_from_trace(trace, Path(path).stem)
-    if args.prompts is not None and model is not None:
+    if args.prompts is not None:
         samples += record_prompts(args, model)
     assert num_experts is not None, "a trace or a model was given"
     if len(set(num_experts)) != 1:
@@ -131,36 +137,35 @@ def _gather(
             "train-predictor: the trace has no sequence with token ids and at least "
             f"{_MIN_DECODED} decoded tokens, so there is nothing to learn from"
         )
+    choices = {sample.experts.shape[2] for sample in samples}
+    if facts is not None and facts.top_k is not None:
+        choices.add(facts.top_k)
+    if len(choices) != 1:
+        raise PredictorError(
+            "train-predictor: the traces (and the model) must use the same number of experts per "
+            f"token, got {sorted(choices)}"
+        )
     seen = 1 + max(int(max(s.prompt.max(), s.decoded.max())) for s in samples)
     vocab = seen if facts is None or facts.vocab_size is None else facts.vocab_size
-    return samples, num_experts, int(samples[0].experts.shape[2]), vocab
-
-
-def _read_trace(path: str) -> Any:
-    """A trace file of this package, or of a known foreign format."""
-    return importlib.import_module("moe_offload.trace_files").read_trace(path)
+    if seen > vocab:
+        raise PredictorError(
+            f"train-predictor: a trace has token id {seen - 1}, but {args.model} has {vocab} "
+            "tokens; it is of another model"
+        )
+    return samples, num_experts, choices.pop(), vocab
 
 
 def record_prompts(args: argparse.Namespace, model: Any) -> list[Sample]:
     """Let the model continue each line of the prompts file, and keep its routing."""
-    from moe_offload.cli_generate import load_tokenizer, resolve_model
-    from moe_offload.huggingface.observe import observe
-    from moe_offload.predictors.oracle import CallRecorder
+    import moe_offload
+    from moe_offload.cli_generate import encode, load_tokenizer, resolve_model
 
     prompts = [line for line in Path(args.prompts).read_text().splitlines() if line.strip()]
     if not prompts:
         raise PredictorError(f"train-predictor: {args.prompts} has no prompts; one per line")
     tokenizer = load_tokenizer(resolve_model(args.model))
-    samples = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        recorder = CallRecorder()
-        with observe(model, recorder):
-            model.generate(**ids, max_new_tokens=args.max_new_tokens)
-        first, *decoded = recorder.calls
-        if first.input_ids is not None and len(decoded) >= _MIN_DECODED:
-            tokens = np.array([int(call.input_ids[0, 0]) for call in decoded])  # type: ignore[index]
-            layers = range(len(first.experts))
-            experts = np.stack([[call.experts[i][0] for i in layers] for call in decoded])
-            samples.append(Sample(first.input_ids[0], tokens, experts, "recorded"))
-    return samples
+    inputs = [encode(tokenizer, line, model.config, args.max_new_tokens) for line in prompts]
+    with moe_offload.record(model) as trace:
+        for ids in inputs:
+            model.generate(**ids, max_new_tokens=args.max_new_tokens, do_sample=False)
+    return samples_from_trace(trace, "recorded")
