@@ -1,19 +1,25 @@
 // The seam between policy and transport. The pager decides what goes where and when; a copy
 // engine moves bytes. Host: worker threads (host_copy_engine.h) or io_uring (uring_copy_engine.h).
-// CUDA: copy streams, later.
+// CUDA: copy streams (cuda_copy_engine.h).
 //
-// Threads: submit, promote and cancel may be called from any thread, also with the pager's lock
-// held. `on_done` runs exactly once per submitted job, on a worker thread, with no engine lock
-// held - unless cancel() answered kGone, then never.
+// Engines of devices report a copy when it is *enqueued*: the result then has a fence, and the slot
+// may be read by any stream that was made to wait for it. Landing is reported later.
+//
+// Threads: submit, enqueue, promote and cancel may be called from any thread, also with the pager's
+// lock held. `on_done` runs exactly once per submitted job, on a worker thread, with no engine lock
+// held - unless cancel() answered kGone or enqueue() answered true, then never.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "fence.h"
 #include "page_source.h"
 
 namespace moe_offload {
@@ -27,6 +33,7 @@ struct CopyResult {
     uint64_t disk_bytes = 0;   // bytes read from storage, alignment included
     int64_t begin_ns = 0;      // first chunk started (steady clock)
     int64_t end_ns = 0;        // last chunk finished
+    FencePtr fence;            // null: the bytes have landed; also behind a copy that was stopped
 };
 
 // One page on its way into one slot. Filled in by the pager, then owned by the engine until done.
@@ -36,6 +43,9 @@ struct CopyJob {
     std::byte* slot = nullptr;  // [page_bytes], written by worker threads until on_done
     Priority priority = Priority::kDemand;
     std::function<void(const CopyResult&)> on_done;
+    // Runs once when the fence of a successful result has passed, after on_done, likewise.
+    std::function<void(const CopyResult&)> on_landed;
+    std::vector<FencePtr> after;  // the slot may not be written before these have passed
 
     // Engine state, guarded by the engine's lock.
     std::vector<Chunk> chunks;
@@ -63,6 +73,12 @@ class CopyEngine {
     virtual std::string name() const = 0;  // for reports: how bytes are moved
     // Queues the job behind others of its priority. Never blocks on a copy.
     virtual void submit(std::shared_ptr<CopyJob> job) = 0;
+    // Submits, and where that needs no waiting enqueues at once, which saves the demand path a
+    // change of threads. True: job->result is final and on_done will not run.
+    virtual bool enqueue(const std::shared_ptr<CopyJob>& job) {
+        submit(job);
+        return false;
+    }
     // A prefetch became a demand: move it ahead of all prefetches. No effect when done.
     virtual void promote(const std::shared_ptr<CopyJob>& job) = 0;
     // kGone: nothing is in flight, on_done will not run, job->result says what had been moved.
@@ -72,6 +88,15 @@ class CopyEngine {
     virtual void set_chaos(const Chaos& chaos) = 0;
     // Drops queued jobs without reporting them, waits for chunks in flight, joins all threads.
     virtual void stop() = 0;
+
+    // A fence behind everything enqueued on the stream so far; null where slots are host memory.
+    virtual FencePtr record(StreamHandle) { return nullptr; }
+    // Later work of the stream runs after the fence. The host does not wait.
+    virtual void wait(StreamHandle, const FencePtr&) {}
+    // What the engine keeps count of, by name; bytes and numbers.
+    virtual std::map<std::string, uint64_t> stats() const { return {}; }
+    // What limits the engine, in words for people; empty when nothing does.
+    virtual std::string limit() const { return {}; }
 };
 
 }  // namespace moe_offload

@@ -19,4 +19,10 @@ class StateError : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// The compute device or its driver refused: missing, too old, out of memory, or a failed call.
+class DeviceError : public std::runtime_error {
+  public:
+    using std::runtime_error::runtime_error;
+};
+
 }  // namespace moe_offload

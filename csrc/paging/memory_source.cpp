@@ -26,6 +26,14 @@ std::vector<Chunk> MemorySource::chunks(int32_t layer, int32_t expert, size_t ch
     return chunks;
 }
 
+std::vector<std::pair<const std::byte*, uint64_t>> MemorySource::ranges() const {
+    std::vector<std::pair<const std::byte*, uint64_t>> ranges;
+    for (const auto& [key, segments] : pages_)
+        for (const MemorySegment& segment : segments)
+            ranges.emplace_back(segment.address, segment.nbytes);
+    return ranges;
+}
+
 uint64_t MemorySource::read(int32_t, int32_t, const Chunk& chunk, std::byte* page, Scratch&) const {
     const auto* from = reinterpret_cast<const std::byte*>(chunk.offset);
     for (const Piece& piece : chunk.pieces)

@@ -19,8 +19,11 @@ class MemorySource : public PageSource {
     // Not thread safe: all pages are added before the pager starts.
     void add_page(int32_t layer, int32_t expert, std::vector<MemorySegment> segments);
     std::vector<Chunk> chunks(int32_t layer, int32_t expert, size_t chunk_bytes) const override;
+    bool in_memory() const override { return true; }
     uint64_t read(int32_t layer, int32_t expert, const Chunk& chunk, std::byte* page,
                   Scratch& scratch) const override;
+    // Every range of memory some page lies in.
+    std::vector<std::pair<const std::byte*, uint64_t>> ranges() const override;
 
   private:
     std::unordered_map<uint64_t, std::vector<MemorySegment>> pages_;

@@ -6,6 +6,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "huge_pages.h"
@@ -52,6 +54,11 @@ class PageSource {
     // The chunks that make up a page, none larger than chunk_bytes if the source can split it.
     // Throws std::invalid_argument for a page that was never added.
     virtual std::vector<Chunk> chunks(int32_t layer, int32_t expert, size_t chunk_bytes) const = 0;
+
+    // Whether a chunk's `offset` is an address that stays valid and readable for ever.
+    virtual bool in_memory() const { return false; }
+    // Then: the ranges of memory the pages lie in, in any order.
+    virtual std::vector<std::pair<const std::byte*, uint64_t>> ranges() const { return {}; }
 
     // Copies one chunk into the page at `page`. Returns the bytes read from storage (0 for
     // memory), alignment included. Throws PageReadError; blocks until the bytes are there.

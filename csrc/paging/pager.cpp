@@ -38,6 +38,7 @@ Pager::Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
       table_(options_.num_experts.size() * static_cast<size_t>(experts_per_layer_),
              options_.num_slots, std::move(policy)),
       loads_(options_.num_experts.size() * static_cast<size_t>(experts_per_layer_)),
+      uses_(options_.num_slots),
       counters_(options_.num_experts.size()),
       visits_(options_.num_experts.size(), 0),
       seen_(loads_.size(), 0),
@@ -125,9 +126,10 @@ void Pager::check_values(std::span<const int32_t> experts, std::span<const float
 }
 
 std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> experts,
-                                       std::span<const float> weights, int32_t num_tokens) {
+                                       std::span<const float> weights, int32_t num_tokens,
+                                       std::optional<StreamHandle> stream) {
     check_usable();
-    auto ticket = std::make_shared<Ticket>(shared_from_this(), layer);
+    auto ticket = std::make_shared<Ticket>(shared_from_this(), layer, stream);
     Lock lock(mutex_);
     ticket->closed_ = true;  // until it is complete: an exception below leaves nothing to undo
     check_request(layer, experts);
@@ -182,10 +184,13 @@ void Pager::join(const std::shared_ptr<Load>& load, LayerCounters& counters) {
     const bool first_use = load->cause == Load::Cause::kPrefetch && !load->demanded;
     load->demanded = true;
     if (load->state == Load::State::kReady) {
+        if (first_use) counters.prefetch_bytes_used += load->bytes;
+        if (first_use && load->fence) {  // enqueued, but not here yet
+            ++counters.joined_prefetches;
+            return;
+        }
         ++counters.hits;
-        if (!first_use) return;
-        ++counters.prefetch_hits;
-        counters.prefetch_bytes_used += load->bytes;
+        if (first_use) ++counters.prefetch_hits;
     } else {
         ++counters.joined_prefetches;
         if (load->job) engine_->promote(load->job);
@@ -283,62 +288,97 @@ void Pager::start(const std::shared_ptr<Load>& load) {
     job->expert = expert_of(load->page);
     job->slot = options_.slots + static_cast<size_t>(load->slot) * options_.slot_stride;
     job->priority = load->cause == Load::Cause::kDemand ? Priority::kDemand : Priority::kPrefetch;
+    const SlotUse& use = uses_[static_cast<size_t>(load->slot)];
+    if (use.written) job->after.push_back(use.written);
+    for (const auto& [stream, fence] : use.read) job->after.push_back(fence);
     job->on_done = [this, weak = std::weak_ptr(load), page = load->page, slot = load->slot,
                     cause = load->cause](const CopyResult& result) {
         on_copy_done(weak, page, slot, cause, result);
     };
+    job->on_landed = [this, weak = std::weak_ptr(load), page = load->page, slot = load->slot,
+                      cause = load->cause](const CopyResult& result) {
+        on_copy_landed(weak, page, slot, cause, result);
+    };
     load->job = job;
-    engine_->submit(std::move(job));
+    if (engine_->enqueue(job)) settle(load, load->page, load->slot, load->cause, job->result);
 }
 
 // Runs on a worker thread of the engine.
 void Pager::on_copy_done(const std::weak_ptr<Load>& weak, PageIndex page, SlotIndex slot,
                          Load::Cause cause, const CopyResult& result) {
-    {
-        Lock lock(mutex_);
-        const auto load = weak.lock();
-        const bool failed = result.error != nullptr || result.cancelled;
-        LayerCounters& counters = counters_[static_cast<size_t>(layer_of(page))];
-        counters.disk_bytes += result.disk_bytes;
-        if (cause == Load::Cause::kDemand)
-            counters.demand_bytes += result.bytes;
-        else if (cause == Load::Cause::kFill)
-            counters.fill_bytes += result.bytes;
-        else if (failed || !load)
-            counters.prefetch_bytes_wasted += result.bytes;
-        else if (load->demanded)
-            counters.prefetch_bytes_used += result.bytes;
-        timeline_.add({copy_kind(cause), layer_of(page), expert_of(page), slot, result.begin_ns,
-                       result.end_ns});
-        std::exception_ptr error;
-        if (result.error) {
-            try {
-                std::rethrow_exception(result.error);
-            } catch (const std::exception& reason) {
-                error = std::make_exception_ptr(
-                    PageReadError("reading " + describe(page) + ": " + reason.what()));
-            }
-            if (cause == Load::Cause::kFill && !fill_error_) fill_error_ = error;
-        }
-        if (load) {
-            load->job = nullptr;
-            load->bytes = result.bytes;
-            load->begin_ns = result.begin_ns;
-            load->end_ns = result.end_ns;
-            load->state = failed ? Load::State::kFailed : Load::State::kReady;
-            load->error = error;
-            if (failed && loads_[page] == load) forget(page);
-        }
-        table_.unpin(slot);
-        --num_in_flight_;
-        while (!prefetching_.empty()) {  // forget those that are over
-            const auto front = prefetching_.front().lock();
-            if (front && front->state == Load::State::kLoading) break;
-            prefetching_.pop_front();
-        }
-        serve_starved();
-        changed_.notify_all();
+    Lock lock(mutex_);
+    settle(weak.lock(), page, slot, cause, result);
+    while (!prefetching_.empty()) {  // forget those that are over
+        const auto front = prefetching_.front().lock();
+        if (front && front->state == Load::State::kLoading) break;
+        prefetching_.pop_front();
     }
+    serve_starved();
+    changed_.notify_all();
+}
+
+// A copy is done, or enqueued when the result has a fence. `load` may be null or given up.
+// Of the result only what is final when the copy is enqueued may be read.
+void Pager::settle(const std::shared_ptr<Load>& load, PageIndex page, SlotIndex slot,
+                   Load::Cause cause, const CopyResult& result) {
+    const bool failed = result.error != nullptr || result.cancelled;
+    LayerCounters& counters = counters_[static_cast<size_t>(layer_of(page))];
+    counters.disk_bytes += result.disk_bytes;
+    if (cause == Load::Cause::kDemand)
+        counters.demand_bytes += result.bytes;
+    else if (cause == Load::Cause::kFill)
+        counters.fill_bytes += result.bytes;
+    else if (failed || !load)
+        counters.prefetch_bytes_wasted += result.bytes;
+    else if (load->demanded)
+        counters.prefetch_bytes_used += result.bytes;
+    std::exception_ptr error;
+    if (result.error) {
+        try {
+            std::rethrow_exception(result.error);
+        } catch (const std::exception& reason) {
+            error = std::make_exception_ptr(
+                PageReadError("reading " + describe(page) + ": " + reason.what()));
+        }
+        if (cause == Load::Cause::kFill && !fill_error_) fill_error_ = error;
+    }
+    // The copy came after everything the slot had been used for.
+    if (result.fence) uses_[static_cast<size_t>(slot)] = {result.fence, {}};
+    if (load) {
+        load->job = nullptr;
+        load->bytes = result.bytes;
+        load->begin_ns = result.begin_ns;
+        load->state = failed ? Load::State::kFailed : Load::State::kReady;
+        load->fence = failed ? nullptr : result.fence;
+        load->error = error;
+        if (failed && loads_[page] == load) forget(page);
+    }
+    table_.unpin(slot);
+    if (result.fence && !failed) return;  // in flight until on_copy_landed
+    if (load) load->end_ns = result.end_ns;
+    timeline_.add(
+        {copy_kind(cause), layer_of(page), expert_of(page), slot, result.begin_ns, result.end_ns});
+    --num_in_flight_;
+}
+
+// Runs on a worker thread of the engine. An error here means that the device itself failed.
+void Pager::on_copy_landed(const std::weak_ptr<Load>& weak, PageIndex page, SlotIndex slot,
+                           Load::Cause cause, const CopyResult& result) {
+    const Lock lock(mutex_);
+    if (const auto load = weak.lock()) {
+        load->fence = nullptr;
+        load->end_ns = result.end_ns;
+        if (result.error && load->state == Load::State::kReady) {
+            load->state = Load::State::kFailed;
+            load->error = result.error;
+            if (loads_[page] == load) forget(page);
+        }
+    }
+    if (result.error && cause == Load::Cause::kFill && !fill_error_) fill_error_ = result.error;
+    timeline_.add(
+        {copy_kind(cause), layer_of(page), expert_of(page), slot, result.begin_ns, result.end_ns});
+    --num_in_flight_;
+    changed_.notify_all();
 }
 
 // Gives slots to misses that waited for other tickets to release theirs.

@@ -11,6 +11,17 @@
 // layer's even share of the pool, so one prompt that touches every expert of a layer cannot empty
 // the cache of all the others. A policy that chooses what stays is not bound by the limit.
 //
+// Devices: a copy engine may report a copy that is only enqueued, with a fence (copy_engine.h).
+// Then a page is *ready* when its copy is enqueued and *landed* when the fence has passed.
+//  - A ticket with a stream gets ready pages: next() makes the stream wait for their fences, so the
+//    host never waits for a copy. Pages that have landed are delivered first.
+//  - A ticket without a stream belongs to a caller that reads slots with the host: it gets landed
+//    pages only.
+//  - release() records a fence on the ticket's stream: the slots' next copies start behind it, on
+//    the device. So a slot may be given away while kernels enqueued earlier still read it, and what
+//    is evicted does not depend on how far the device has got.
+// With the host engine there are no fences, and ready is landed.
+//
 // Threads: any thread may call anything. Worker threads of the copy engine only run
 // `on_copy_done`. No wait is unbounded: next() and drain() give up after wait_timeout_ns.
 // A forked child has no worker threads: every call there raises StateError.
@@ -20,6 +31,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
@@ -56,6 +68,7 @@ struct Load {
     uint64_t expected_at = 0;  // acquires of its layer + 1 when it was last expected, see expect
     uint64_t bytes = 0;
     int64_t begin_ns = 0, end_ns = 0;  // of the copy
+    FencePtr fence;                    // kReady, and the bytes have not landed yet
     std::shared_ptr<CopyJob> job;      // while it is queued or running
     std::exception_ptr error;
 };
@@ -72,9 +85,11 @@ class Pager : public std::enable_shared_from_this<Pager> {
     // Locks the pages of distinct `experts` of a layer and starts the copies of those missing.
     // Never blocks on a copy. Throws std::invalid_argument for ids out of range or repeated.
     // For the policy: each expert's router weight summed over the call's tokens ({}: not given),
-    // and how many tokens these are (0: not given).
+    // and how many tokens these are (0: not given). `stream`: where the pages are read; none: by
+    // the host.
     std::shared_ptr<Ticket> acquire(int32_t layer, std::span<const int32_t> experts,
-                                    std::span<const float> weights = {}, int32_t num_tokens = 0);
+                                    std::span<const float> weights = {}, int32_t num_tokens = 0,
+                                    std::optional<StreamHandle> stream = std::nullopt);
 
     // Starts copies of pages likely to be needed, behind all demands. Takes free slots and slots
     // of the policy's victims, never one that holds a prefetch whose layer was not routed since.
@@ -114,6 +129,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     bool uses_weights() const { return uses_weights_; }
     std::string engine_name() const { return engine_->name(); }
     bool uses_predictions() const { return uses_predictions_; }
+    const CopyEngine& engine() const { return *engine_; }
 
     // Keeps (true) or forgets (false) all requests from now on, for replay.
     void set_recording(bool recording);
@@ -149,8 +165,15 @@ class Pager : public std::enable_shared_from_this<Pager> {
     void serve_starved();
     void on_copy_done(const std::weak_ptr<Load>& weak, PageIndex page, SlotIndex slot,
                       Load::Cause cause, const CopyResult& result);
+    void on_copy_landed(const std::weak_ptr<Load>& weak, PageIndex page, SlotIndex slot,
+                        Load::Cause cause, const CopyResult& result);
+    void settle(const std::shared_ptr<Load>& load, PageIndex page, SlotIndex slot,
+                Load::Cause cause, const CopyResult& result);
 
     std::vector<ReadyPage> next(Ticket& ticket);
+    std::vector<ReadyPage> collect(Ticket& ticket);
+    FencePtr record_use(const Ticket& ticket) const;
+    void note_use(SlotIndex slot, const Ticket& ticket, const FencePtr& fence);
     void release(Ticket& ticket, std::span<const int32_t> indices);
     void close(Ticket& ticket);
     void account_overlap(const Ticket& ticket);
@@ -167,6 +190,12 @@ class Pager : public std::enable_shared_from_this<Pager> {
     bool closed_ = false;
     SlotTable table_;
     std::vector<std::shared_ptr<Load>> loads_;  // [num_pages], null when absent
+    // What a slot's next copy has to come after: its last copy, its last reader on each stream.
+    struct SlotUse {
+        FencePtr written;
+        std::vector<std::pair<StreamHandle, FencePtr>> read;
+    };
+    std::vector<SlotUse> uses_;  // [num_slots]
     std::deque<std::weak_ptr<Load>> prefetching_;
     // Misses that found no slot because other tickets pin them all, first come first served.
     std::deque<std::pair<Ticket*, int32_t>> starved_;

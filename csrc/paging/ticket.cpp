@@ -14,8 +14,8 @@
 
 namespace moe_offload {
 
-Ticket::Ticket(std::shared_ptr<Pager> pager, int32_t layer)
-    : pager_(std::move(pager)), layer_(layer) {}
+Ticket::Ticket(std::shared_ptr<Pager> pager, int32_t layer, std::optional<StreamHandle> stream)
+    : pager_(std::move(pager)), layer_(layer), stream_(stream) {}
 
 Ticket::~Ticket() { close(); }
 
@@ -35,20 +35,7 @@ std::vector<ReadyPage> Pager::next(Ticket& ticket) {
     while (true) {
         if (closed_) throw StateError("ticket: the pager was closed");
         if (ticket.closed_) throw StateError("ticket: used after close");
-        for (size_t i = 0; i < ticket.items_.size(); ++i) {
-            Ticket::Item& item = ticket.items_[i];
-            if (item.delivered) continue;
-            if (item.load->state == Load::State::kFailed) {
-                if (item.load->error) std::rethrow_exception(item.load->error);
-                throw StateError("ticket: the copy of " + describe(item.load->page) +
-                                 " was cancelled");
-            }
-            if (item.load->state == Load::State::kAbandoned) retry_abandoned(ticket, item);
-            if (item.load->state != Load::State::kReady) continue;
-            item.delivered = true;
-            --ticket.num_undelivered_;
-            ready.push_back({static_cast<int32_t>(i), item.load->slot});
-        }
+        ready = collect(ticket);
         if (!ready.empty() || ticket.num_undelivered_ == 0) break;
         if (stall_begin == 0) stall_begin = now_ns();
         // Waits for a copy of this ticket to end, or for another ticket to give up slots.
@@ -65,6 +52,42 @@ std::vector<ReadyPage> Pager::next(Ticket& ticket) {
             static_cast<uint64_t>(end - stall_begin);
         ticket.stall_ns_ += end - stall_begin;
         timeline_.add({TimelineEvent::Kind::kStall, ticket.layer_, -1, -1, stall_begin, end});
+    }
+    return ready;
+}
+
+// The pages a ticket may have now: all that landed; else, for a stream, some that are on their way.
+std::vector<ReadyPage> Pager::collect(Ticket& ticket) {
+    std::vector<int32_t> landed, coming;
+    for (size_t i = 0; i < ticket.items_.size(); ++i) {
+        Ticket::Item& item = ticket.items_[i];
+        if (item.delivered) continue;
+        if (item.load->state == Load::State::kFailed) {
+            if (item.load->error) std::rethrow_exception(item.load->error);
+            throw StateError("ticket: the copy of " + describe(item.load->page) + " was cancelled");
+        }
+        if (item.load->state == Load::State::kAbandoned) retry_abandoned(ticket, item);
+        if (item.load->state != Load::State::kReady) continue;
+        (item.load->fence ? coming : landed).push_back(static_cast<int32_t>(i));
+    }
+    if (landed.empty() && ticket.stream_ && !coming.empty()) {
+        // In the order they were enqueued, a quarter at a time: the first are computed while the
+        // last are copied, and there are not more launches than it takes to hide them.
+        std::stable_sort(coming.begin(), coming.end(), [&](int32_t a, int32_t b) {
+            return ticket.items_[static_cast<size_t>(a)].load->begin_ns <
+                   ticket.items_[static_cast<size_t>(b)].load->begin_ns;
+        });
+        coming.resize((coming.size() + 3) / 4);
+        for (const int32_t index : coming)
+            engine_->wait(*ticket.stream_, ticket.items_[static_cast<size_t>(index)].load->fence);
+        landed.swap(coming);
+    }
+    std::vector<ReadyPage> ready;
+    for (const int32_t index : landed) {
+        Ticket::Item& item = ticket.items_[static_cast<size_t>(index)];
+        item.delivered = true;
+        --ticket.num_undelivered_;
+        ready.push_back({index, item.load->slot});
     }
     return ready;
 }
@@ -86,6 +109,7 @@ void Pager::release(Ticket& ticket, std::span<const int32_t> indices) {
     Lock lock(mutex_);
     if (closed_) throw StateError("ticket: the pager was closed");
     if (ticket.closed_) throw StateError("ticket: used after close");
+    const FencePtr fence = record_use(ticket);
     for (const int32_t index : indices) {
         const bool known = index >= 0 && static_cast<size_t>(index) < ticket.items_.size();
         if (!known || !ticket.items_[static_cast<size_t>(index)].delivered ||
@@ -94,11 +118,25 @@ void Pager::release(Ticket& ticket, std::span<const int32_t> indices) {
                                         " was not delivered, or was released before");
         Ticket::Item& item = ticket.items_[static_cast<size_t>(index)];
         item.released = true;
+        note_use(item.load->slot, ticket, fence);
         if (item.successor >= 0) start(ticket.items_[static_cast<size_t>(item.successor)].load);
         table_.unpin(item.load->slot);
     }
     serve_starved();
     changed_.notify_all();
+}
+
+// A fence behind the kernels that read this ticket's pages.
+FencePtr Pager::record_use(const Ticket& ticket) const {
+    return ticket.stream_ ? engine_->record(*ticket.stream_) : nullptr;
+}
+
+void Pager::note_use(SlotIndex slot, const Ticket& ticket, const FencePtr& fence) {
+    if (!fence) return;
+    auto& read = uses_[static_cast<size_t>(slot)].read;
+    // A later fence of the same stream stands for the earlier ones.
+    std::erase_if(read, [&](const auto& use) { return use.first == *ticket.stream_; });
+    read.emplace_back(*ticket.stream_, fence);
 }
 
 void Pager::close(Ticket& ticket) {
@@ -109,10 +147,20 @@ void Pager::close(Ticket& ticket) {
     --num_live_tickets_;
     account_overlap(ticket);
     std::erase_if(starved_, [&](const auto& entry) { return entry.first == &ticket; });
+    FencePtr fence;
+    const bool in_use = !closed_ && std::any_of(ticket.items_.begin(), ticket.items_.end(),
+                                                [](const Ticket::Item& item) {
+                                                    return item.delivered && !item.released;
+                                                });
+    try {
+        if (in_use) fence = record_use(ticket);
+    } catch (const DeviceError&) {  // destructors end here; the next call on the device reports it
+    }
     for (Ticket::Item& item : ticket.items_) {
         Load& load = *item.load;
         if (item.released || load.slot == kNoSlot) continue;
         item.released = true;
+        if (item.delivered) note_use(load.slot, ticket, fence);
         // Chained behind others and never started: nobody will fetch it now.
         if (item.owns_load && load.state == Load::State::kPending) {
             if (loads_[load.page] == item.load) forget(load.page);

@@ -7,17 +7,21 @@
 //     }
 //
 // Pages are delivered in the order they arrive; the first call of next() gives all that were
-// resident. A working set larger than the free slots streams: released slots are refilled with
-// the rest of the same ticket, so progress needs one slot and the result does not depend on the
-// number of slots. One thread uses a ticket at a time; different tickets may live on different
-// threads. The destructor closes.
+// resident. On a device a ticket has the stream its pages are read on: next() delivers pages whose
+// copies are enqueued, a few at a time, and has made the stream wait for them; release() may follow
+// as soon as the kernels that read them are enqueued (pager.h). A working set larger than the free
+// slots streams: released slots are refilled with the rest of the same ticket, so progress needs
+// one slot and the result does not depend on the number of slots. One thread uses a ticket at a
+// time; different tickets may live on different threads. The destructor closes.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "fence.h"
 #include "slot_table.h"
 
 namespace moe_offload {
@@ -32,7 +36,7 @@ struct ReadyPage {
 
 class Ticket {
   public:
-    Ticket(std::shared_ptr<Pager> pager, int32_t layer);
+    Ticket(std::shared_ptr<Pager> pager, int32_t layer, std::optional<StreamHandle> stream);
     ~Ticket();
     Ticket(const Ticket&) = delete;
     Ticket& operator=(const Ticket&) = delete;
@@ -62,6 +66,7 @@ class Ticket {
 
     std::shared_ptr<Pager> pager_;
     int32_t layer_;
+    std::optional<StreamHandle> stream_;  // none: the host reads the pages
     std::vector<Item> items_;
     size_t num_undelivered_ = 0;
     bool closed_ = false;
