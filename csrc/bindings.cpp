@@ -7,8 +7,11 @@
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <algorithm>
 #include <cstring>
+#include <optional>
 
+#include "paging/cuda_copy_engine.h"
 #include "paging/disk_roof.h"
 #include "paging/errors.h"
 #include "paging/file_source.h"
@@ -76,13 +79,43 @@ void destroy_pager(Pager* pager) {
     }
 }
 
-std::shared_ptr<Pager> make_pager(std::shared_ptr<PageSource> source,
-                                  std::vector<int32_t> num_experts,
-                                  std::vector<std::string> layer_names, uintptr_t slots,
-                                  size_t num_slots, size_t slot_stride, const std::string& policy,
-                                  const std::vector<std::pair<int32_t, int32_t>>& kept,
-                                  size_t admit_limit, const std::string& io_engine, int num_threads,
-                                  int queue_depth, size_t chunk_bytes, double wait_timeout_s) {
+// A CUDA device whose context is held, and what identifies it.
+struct CudaDevice {
+    std::shared_ptr<CudaContext> context;
+    CudaDriver::DeviceInfo info;
+
+    CudaDevice(int ordinal, const std::string& library)
+        : context(std::make_shared<CudaContext>(CudaDriver::load(library), ordinal)),
+          info(context->driver().device(ordinal)) {}
+};
+
+// Puts the device's copy engine in front of the host's, which then fills the host tier; null for
+// sources in memory, which need no reading.
+std::unique_ptr<CopyEngine> on_device(const CudaDevice& device,
+                                      const std::shared_ptr<PageSource>& source,
+                                      std::unique_ptr<CopyEngine> reader,
+                                      const PagerOptions& options, size_t page_bytes,
+                                      size_t copy_chunk_bytes, size_t host_bytes,
+                                      bool pin_in_background) {
+    CudaCopyOptions copy;
+    copy.chunk_bytes = copy_chunk_bytes;
+    copy.page_bytes = page_bytes;
+    copy.num_layers = options.num_experts.size();
+    copy.experts_per_layer = static_cast<size_t>(
+        *std::max_element(options.num_experts.begin(), options.num_experts.end()));
+    copy.host_bytes = host_bytes;
+    copy.pin_bytes = host_bytes;
+    copy.pin_in_background = pin_in_background;
+    return std::make_unique<CudaCopyEngine>(device.context, source, std::move(reader), copy);
+}
+
+std::shared_ptr<Pager> make_pager(
+    std::shared_ptr<PageSource> source, std::vector<int32_t> num_experts,
+    std::vector<std::string> layer_names, uintptr_t slots, size_t num_slots, size_t slot_stride,
+    const std::string& policy, const std::vector<std::pair<int32_t, int32_t>>& kept,
+    size_t admit_limit, const std::string& io_engine, int num_threads, int queue_depth,
+    size_t chunk_bytes, double wait_timeout_s, const CudaDevice* cuda, size_t page_bytes,
+    size_t copy_chunk_bytes, size_t host_bytes, bool pin_in_background) {
     if (num_experts.empty()) throw std::invalid_argument("Pager: expected at least one layer");
     if (num_threads < 1 || queue_depth < 1)
         throw std::invalid_argument("Pager: expected num_threads and queue_depth >= 1");
@@ -116,8 +149,12 @@ std::shared_ptr<Pager> make_pager(std::shared_ptr<PageSource> source,
                                      .num_slots = num_slots,
                                      .kept = std::move(kept_pages),
                                      .next_request = {}});
-    auto engine =
-        make_copy_engine(std::move(source), {io_engine, num_threads, queue_depth, chunk_bytes});
+    std::unique_ptr<CopyEngine> engine;
+    if (!cuda || !source->in_memory())
+        engine = make_copy_engine(source, {io_engine, num_threads, queue_depth, chunk_bytes});
+    if (cuda)
+        engine = on_device(*cuda, source, std::move(engine), options, page_bytes, copy_chunk_bytes,
+                           host_bytes, pin_in_background);
     return {new Pager(std::move(options), std::move(rule), std::move(engine)), destroy_pager};
 }
 
@@ -177,11 +214,16 @@ PYBIND11_MODULE(_core, m) {
             raise_python("PageReadError", error.what());
         } catch (const StateError& error) {
             raise_python("StateError", error.what());
+        } catch (const DeviceError& error) {
+            raise_python("DeviceError", error.what());
         }
     });
 
     bind_expert_ffn(m);
     m.attr("MIN_SLOTS") = kMinSlots;
+    m.attr("MIN_HOST_FRAMES") = HostTier::kMinFrames;
+    m.def("host_frame_bytes", &CudaCopyEngine::frame_stride, "page_bytes"_a,
+          "bytes a page occupies in the host tier");
     m.def("policy_names", &policy_names, "live_only"_a);
     bind_replay(m);
     m.def("build_info", [] {
@@ -248,6 +290,21 @@ PYBIND11_MODULE(_core, m) {
     py::class_<CallbackSource, PageSource, std::shared_ptr<CallbackSource>>(m, "CallbackSource")
         .def(py::init<py::function, uint64_t>(), "fill"_a, "page_bytes"_a);
 
+    py::class_<CudaDevice, std::shared_ptr<CudaDevice>>(m, "CudaDevice")
+        .def(py::init<int, std::string>(), "ordinal"_a = 0, "library"_a = "libcuda.so.1",
+             "Loads the driver and holds the device's primary context, the one torch uses.")
+        .def_property_readonly("ordinal",
+                               [](const CudaDevice& self) { return self.context->ordinal(); })
+        .def_property_readonly("name", [](const CudaDevice& self) { return self.info.name; })
+        .def_property_readonly("capability",
+                               [](const CudaDevice& self) {
+                                   return std::pair(self.info.capability_major,
+                                                    self.info.capability_minor);
+                               })
+        .def_property_readonly("driver_version", [](const CudaDevice& self) {
+            return self.context->driver().version();
+        });
+
     py::class_<Ticket, std::shared_ptr<Ticket>>(m, "Ticket")
         .def(
             "next",
@@ -289,14 +346,18 @@ PYBIND11_MODULE(_core, m) {
              "slots"_a, "num_slots"_a, "slot_stride"_a, "policy"_a = "lru",
              "kept"_a = std::vector<std::pair<int32_t, int32_t>>{}, "admit_limit"_a = 0,
              "io_engine"_a = "auto", "num_threads"_a = 4, "queue_depth"_a = 8,
-             "chunk_bytes"_a = 1 << 20, "wait_timeout_s"_a = 120.0)
+             "chunk_bytes"_a = 1 << 20, "wait_timeout_s"_a = 120.0, "cuda"_a = nullptr,
+             "page_bytes"_a = 0, "copy_chunk_bytes"_a = 8 << 20, "host_bytes"_a = 0,
+             "pin_in_background"_a = true)
         .def(
             "acquire",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& experts,
-               const std::vector<float>& weights,
-               int32_t num_tokens) { return self.acquire(layer, experts, weights, num_tokens); },
+               const std::vector<float>& weights, int32_t num_tokens,
+               std::optional<StreamHandle> stream) {
+                return self.acquire(layer, experts, weights, num_tokens, stream);
+            },
             "layer"_a, "experts"_a, "weights"_a = std::vector<float>{}, "num_tokens"_a = 0,
-            ReleaseGil())
+            "stream"_a = std::nullopt, ReleaseGil())
         .def(
             "prefetch",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& experts) {
@@ -337,6 +398,8 @@ PYBIND11_MODULE(_core, m) {
         .def("reset_counters", &Pager::reset_counters)
         .def("timeline", &timeline_tuple)
         .def("residents", &Pager::residents)
+        .def("engine_stats", [](const Pager& self) { return self.engine().stats(); })
+        .def("engine_limit", [](const Pager& self) { return self.engine().limit(); })
         .def_property_readonly("num_live_tickets", &Pager::num_live_tickets)
         .def_property_readonly("admit_limit", &Pager::admit_limit)
         .def_property_readonly("uses_weights", &Pager::uses_weights)

@@ -25,12 +25,13 @@ _BUDGET = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-zA-Z]*)\s*")
 _EXPECTED = 'bytes (an int > 0), a size such as "6GiB" or "500 MB", or a share such as "25%"'
 
 
-def parse_budget(budget: int | str, total_bytes: int) -> int:
+def parse_budget(budget: int | str, total_bytes: int, name: str = "device_budget") -> int:
     """Turn a budget into bytes.
 
     Args:
         budget: bytes as int, a size with unit, or a percentage of `total_bytes`, 0 < p <= 100.
         total_bytes: bytes of all experts, what a percentage refers to.
+        name: of the option, for messages.
 
     Returns:
         Budget in bytes, at most `total_bytes` for a percentage, as given otherwise.
@@ -43,23 +44,23 @@ def parse_budget(budget: int | str, total_bytes: int) -> int:
         (100, 1024, 7)
     """
     if isinstance(budget, bool) or not isinstance(budget, int | str):
-        raise BudgetError(f"device_budget: expected {_EXPECTED}, got {budget!r}")
+        raise BudgetError(f"{name}: expected {_EXPECTED}, got {budget!r}")
     if isinstance(budget, int):
         if budget <= 0:
-            raise BudgetError(f"device_budget: expected {_EXPECTED}, got {budget}")
+            raise BudgetError(f"{name}: expected {_EXPECTED}, got {budget}")
         return budget
     match = _BUDGET.fullmatch(budget)
     unit = match.group(2).lower() if match else None
     if match is None or (unit != "%" and unit not in _UNITS):
-        raise BudgetError(f"device_budget: expected {_EXPECTED}, got {budget!r}")
+        raise BudgetError(f"{name}: expected {_EXPECTED}, got {budget!r}")
     number = float(match.group(1))
     if unit == "%":
         if not 0 < number <= 100:
-            raise BudgetError(f"device_budget: a share must lie in (0%, 100%], got {budget!r}")
+            raise BudgetError(f"{name}: a share must lie in (0%, 100%], got {budget!r}")
         return int(total_bytes * number / 100)
     size = int(number * _UNITS[unit or ""])
     if size <= 0:
-        raise BudgetError(f"device_budget: expected {_EXPECTED}, got {budget!r}")
+        raise BudgetError(f"{name}: expected {_EXPECTED}, got {budget!r}")
     return size
 
 
@@ -88,10 +89,17 @@ class OffloadConfig:
         preset: name of a system in `moe_offload.presets`, which sets policy and predictor.
         static_experts: for policy "static", the (layer, expert) pairs that stay. Default: the
             first experts of each layer, evenly.
-        device: where experts are computed. "cpu" in this version.
+        device: where experts are computed, and their slots are: "cpu", "cuda" or "cuda:N".
+        host_budget: for a GPU, the host memory between disk and slots: bytes, a size or a share
+            of all expert bytes, as device_budget; or "auto" = all experts, but no more than half
+            of the memory that is free. Of a checkpoint, so much is kept, least recently wanted
+            first out; of a live model, whose experts are in memory anyway, so much is pinned.
+        copy_chunk_bytes: for a GPU, the most bytes of prefetches that a demand fetch can find in
+            its way on the link; a multiple of 4096.
         expert_backend: who computes experts: "native" (this package's CPU kernels), "triton" (its
             Triton kernels: for GPUs; on the CPU only interpreted, for tests), "grouped_mm"
-            (transformers' own arithmetic), or "auto": native for every layer it supports.
+            (transformers' own arithmetic), or "auto": the first of these made for the device that
+            supports the layer.
         fill: read experts into the slots at construction: True, False, or "auto" = when all fit.
         io_engine: how files are read: "io_uring", "threads" (a pool of them that call pread), or
             "auto" = io_uring where it was built and the kernel allows it. What was taken, and why
@@ -113,6 +121,8 @@ class OffloadConfig:
     preset: str | None = None
     static_experts: Sequence[tuple[int, int]] | None = None
     device: str = "cpu"
+    host_budget: int | str = "auto"
+    copy_chunk_bytes: int = 8 << 20
     expert_backend: Literal["auto", "native", "triton", "grouped_mm"] = "auto"
     fill: bool | Literal["auto"] = "auto"
     io_engine: Literal["auto", "io_uring", "threads"] = "auto"
@@ -129,10 +139,14 @@ class OffloadConfig:
         check_predictor(self.predictor)
         if self.fill not in (True, False, "auto"):
             raise ValueError(f'fill: expected True, False or "auto", got {self.fill!r}')
-        if self.device != "cpu":
+        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
+            raise ValueError(f'device: expected "cpu", "cuda" or "cuda:N", got {self.device!r}')
+        if self.host_budget != "auto":
+            parse_budget(self.host_budget, 1 << 62, "host_budget")
+        if self.copy_chunk_bytes < 4096 or self.copy_chunk_bytes % 4096:
             raise ValueError(
-                f'device: expected "cpu", got {self.device!r}. This version computes experts on '
-                'the CPU; load the model there and pass device="cpu".'
+                f"copy_chunk_bytes: expected a positive multiple of 4096, got "
+                f"{self.copy_chunk_bytes}"
             )
         _choose("io_engine", self.io_engine, ("auto", "io_uring", "threads"))
         if not 1 <= self.io_threads <= 64:

@@ -227,9 +227,10 @@ def _missing(report: dict[str, Any]) -> list[dict[str, Any]]:
         why = "reads from disk cost more CPU time, on virtual disks they are slower as well"
         how = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled (as root)"
         entries.append(_entry(False, "transparent huge pages", why, how))
-    if report["cuda_driver"].get("found"):
-        why = "a GPU is here, but this version computes experts on the CPU"
-        entries.append(_entry(False, "moe_offload._cuda", why, "not part of this version"))
+    if report["cuda_driver"].get("found") and not report["torch"].get("cuda_build"):
+        why = 'a GPU is here, but this torch is a CPU build: device="cuda" is refused'
+        how = "install a torch built for CUDA"
+        entries.append(_entry(False, "torch with CUDA", why, how))
     return entries
 
 
@@ -247,7 +248,7 @@ def render(report: dict[str, Any]) -> str:
         ("pager (_core)", _built(core) if core else f"NOT BUILT: {package.get('core_error')}"),
         ("expert backends", _backends_text(package.get("expert_backends", {}))),
         ("native kernels (bf16)", ", ".join(package.get("cpu_isas", [])) or "none"),
-        ("CUDA kernels", "built" if package.get("cuda_kernels") else "not in this version"),
+        ("CUDA kernels", "built" if package.get("cuda_kernels") else "not built"),
         ("tiny model", "present" if package.get("tiny_model") else "absent"),
         ("python", f"{report['python'].get('version')}, {report['python'].get('platform')}"),
         ("packages", ", ".join(versions)),

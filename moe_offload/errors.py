@@ -38,5 +38,9 @@ class StateError(MoEOffloadError, RuntimeError):
     """A call that the present state forbids: use after close, double offload, fork, training."""
 
 
+class DeviceError(MoEOffloadError, RuntimeError):
+    """The compute device or its driver refused: missing, too old, out of memory, a failed call."""
+
+
 class PredictorError(MoEOffloadError, ValueError):
     """A predictor does not fit the model, its file is not one, or it cannot be trained."""

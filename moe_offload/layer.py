@@ -36,17 +36,21 @@ def run_experts(
     Args:
         handle: where the layer's experts live, and who computes them.
         module: the experts module, asked whether it is in training mode.
-        hidden_states: [T, H], floating point, CPU.
+        hidden_states: [T, H], floating point, on the device the experts are computed on; so are
+            the others.
         top_k_index: [T, A], integer expert ids; ids outside [0, E) contribute nothing (that is
             how expert parallelism marks "not mine").
         top_k_weights: [T, A], floating point, may be wider than hidden_states.
 
     Returns:
-        [T, H] in the dtype of hidden_states. Blocks the host until computed.
+        [T, H] in the dtype of hidden_states. On the CPU it blocks until computed. On CUDA it blocks
+        once, until the routed ids have reached the host (and for pages still on disk); the rest
+        is enqueued on the current stream.
 
     Raises:
         PageReadError: an expert could not be read; the pager stays usable.
-        StateError: module in training mode, pager closed, or a forked child.
+        StateError: module in training mode, pager closed, a forked child, or CUDA graph capture.
+        ValueError: a tensor on another device.
 
     Cost: T * A * 6 * H * F FLOPs for gated experts; every distinct missing page moves once.
     """
@@ -91,18 +95,27 @@ class _InferenceOnly(torch.autograd.Function):
 
 def _run(handle: PagedLayer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     assert handle.experts is not None, f"{handle.name} was described without a module"
-    run = handle.experts.start(hidden, top_k_index, top_k_weights)
+    device = handle.pool.device
+    device.check_call(
+        handle.name, hidden_states=hidden, top_k_index=top_k_index, top_k_weights=top_k_weights
+    )
     pager = handle.pool.pager
-    weights: list[float] = []
-    if pager.uses_weights:
-        weights = _router_weights(run.experts, handle.num_experts, top_k_index, top_k_weights)
-    with pager.acquire(handle.layer, run.experts, weights, len(hidden)) as ticket:
-        if handle.pool.on_acquired is not None:  # prefetches queue up behind these misses
-            handle.pool.on_acquired()
-        while ready := ticket.next():
-            run.compute(handle.pool, ready)  # no resize while a ticket is open
-            ticket.release([index for index, _ in ready])
-    return run.finish()
+    with device.guard():
+        run = handle.experts.start(hidden, top_k_index, top_k_weights)
+        weights: list[float] = []
+        if pager.uses_weights:
+            weights = _router_weights(run.experts, handle.num_experts, top_k_index, top_k_weights)
+        # With a stream, next() delivers pages whose copies that stream was made to wait for, and
+        # release() is about what was enqueued: the host does not wait for copies or kernels.
+        with pager.acquire(
+            handle.layer, run.experts, weights, len(hidden), device.stream()
+        ) as ticket:
+            if handle.pool.on_acquired is not None:  # prefetches queue up behind these misses
+                handle.pool.on_acquired()
+            while ready := ticket.next():
+                run.compute(handle.pool, ready)  # no resize while a ticket is open
+                ticket.release([index for index, _ in ready])
+        return run.finish()
 
 
 def _router_weights(

@@ -7,6 +7,7 @@ nothing of transformers; `moe_offload.huggingface` finds the modules and supplie
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moe_offload import _core
 from moe_offload.backends import choose
 from moe_offload.config import OffloadConfig, format_bytes, parse_budget
+from moe_offload.device import ComputeDevice, open_device
 from moe_offload.errors import BudgetError, StateError
+from moe_offload.memory import available_memory_bytes
 from moe_offload.pager import MIN_SLOTS, ExpertPool, PagedLayer
 from moe_offload.pages import PageLayout
-from moe_offload.sources import PageSource
+from moe_offload.sources import PageSource, TensorPages
 from moe_offload.telemetry import layer_stats, total_stats, write_timeline
 
 if TYPE_CHECKING:
@@ -79,6 +83,51 @@ def plan_slots(
     return slots
 
 
+def plan_host(
+    layouts: Sequence[PageLayout],
+    num_pages: Sequence[int],
+    budget: int | str,
+    pages: PageSource,
+    available_bytes: int | None = None,
+) -> list[int]:
+    """Host memory per pool between a source and the slots of a GPU.
+
+    Args:
+        budget: as `OffloadConfig.host_budget`.
+        pages: the source; tensors need no frames, only pinning.
+        available_bytes: memory that is free; default: asked of the system.
+
+    Raises:
+        BudgetError: too small for the frames that copies need, or more than is free.
+    """
+    strides = [_core.host_frame_bytes(layout.page_bytes) for layout in layouts]
+    sizes = [stride * count for stride, count in zip(strides, num_pages, strict=True)]
+    total = sum(sizes)
+    in_memory = isinstance(pages, TensorPages)
+    free = available_memory_bytes() if available_bytes is None else available_bytes
+    least = [stride * _core.MIN_HOST_FRAMES for stride in strides]
+    if budget == "auto":
+        wanted = total if in_memory else max(min(total, free // 2), sum(least))
+    else:
+        wanted = parse_budget(budget, total, "host_budget")
+    if in_memory:  # registering rounds to pages, so "all" is a little more than the bytes
+        return [1 << 62 if wanted >= total else wanted * size // total for size in sizes]
+    if wanted < min(total, sum(least)):
+        raise BudgetError(
+            f"host_budget: {budget!r} is {wanted} bytes, but pages on their way from disk to the "
+            f"GPU need at least {sum(least)} bytes ({format_bytes(sum(least))}): "
+            f"{_core.MIN_HOST_FRAMES} experts of {format_bytes(max(strides))} at a time."
+        )
+    wanted = max(min(wanted, total), sum(least))
+    if wanted > free:
+        raise BudgetError(
+            f"host_budget: {budget!r} is {format_bytes(wanted)}, but only {format_bytes(free)} of "
+            'memory are free. Lower it, or leave it "auto".'
+        )
+    rest = wanted - sum(least)
+    return [low + rest * size // total for low, size in zip(least, sizes, strict=True)]
+
+
 def smallest_budget(layouts: Sequence[PageLayout], num_pages: Sequence[int]) -> int:
     """The smallest budget in bytes that `plan_slots` accepts."""
     sizes = [layout.slot_stride * pages for layout, pages in zip(layouts, num_pages, strict=True)]
@@ -97,10 +146,12 @@ class Offloader:
         pages: where the pages of (index in `layers`, expert) come from.
         config: budget, policy and the rest.
         on_restore: called by `restore` to make the model resident again, before the pools close.
+        device: where experts are computed; default: what config.device names.
 
     Raises:
         BudgetError: the budget is malformed or cannot hold one wave.
         PageReadError: a checkpoint file is missing, or the initial fill failed.
+        DeviceError: config.device names a GPU that cannot be used.
     """
 
     def __init__(
@@ -110,6 +161,7 @@ class Offloader:
         config: OffloadConfig,
         *,
         on_restore: Callable[[], None] | None = None,
+        device: ComputeDevice | None = None,
     ) -> None:
         if not layers:
             raise ValueError("Offloader: expected at least one layer of experts, got none")
@@ -127,14 +179,22 @@ class Offloader:
             sum(self.layers[index].num_experts for index in members) for members in groups.values()
         ]
         slots = plan_slots(self._layouts, self._num_pages, config.device_budget)
+        self.device = open_device(config.device) if device is None else device
+        host_bytes = [0] * len(slots)
+        if self.device.cuda is not None:
+            host_bytes = plan_host(self._layouts, self._num_pages, config.host_budget, pages)
         self.pools: list[ExpertPool] = []
         self._handles: dict[int, PagedLayer] = {}
         self._backends: dict[int, tuple[str, str | None]] = {}  # name, why not a faster one
         try:
-            for (layout, members), num_slots in zip(groups.items(), slots, strict=True):
+            for (layout, members), num_slots, room in zip(
+                groups.items(), slots, host_bytes, strict=True
+            ):
                 counts = [self.layers[index].num_experts for index in members]
                 names = [self.layers[index].name for index in members]
-                pool = ExpertPool(layout, members, names, counts, pages, num_slots, config)
+                pool = ExpertPool(
+                    layout, members, names, counts, pages, num_slots, config, self.device, room
+                )
                 self.pools.append(pool)
                 for local, index in enumerate(members):
                     self._handles[index] = self._bind(pool, local, index)
@@ -150,7 +210,11 @@ class Offloader:
         experts = None
         if layer.module is not None:
             backend, passed_over = choose(
-                self.config.expert_backend, layer.module, pool.layout, layer.name
+                self.config.expert_backend,
+                layer.module,
+                pool.layout,
+                layer.name,
+                self.device.torch_device.type,
             )
             experts = backend.bind(layer.module, pool.layout, layer.num_experts)
             self._backends[index] = (backend.name, passed_over)
@@ -194,8 +258,10 @@ class Offloader:
         num_pages, resident_pages, policy, expert_backend (several names when layers differ),
         io_mode, io_engine, io_fallback, files_deleted, and per_layer: the same for each layer,
         with its expert_backend and, in passed_over, why no faster one computes it (None: the
-        fastest does). predictor is None without one; else its recall,
-        time, and what it saved and wasted.
+        fastest does). predictor is None without one; else its recall, time, and what it saved and
+        wasted. On a GPU also, since construction: copied_bytes, num_copies, staged_bytes (not
+        pinned, hence slow), pinned_bytes, pinning (1 while that goes on), pinning_limit (why not
+        more), and for files host_bytes, host_hits, host_misses, host_evictions of the host tier.
         """
         self._check_open("stats")
         per_layer = layer_stats(self.pools)
@@ -218,8 +284,30 @@ class Offloader:
             "io_fallback": next(filter(None, (pool.io_fallback() for pool in self.pools)), None),
             "files_deleted": any(pool.files_deleted() for pool in self.pools),
             "predictor": None if self.predicting is None else self.predicting.stats(totals),
+            "device": str(self.device.torch_device),
+            **self._host_stats(),
             "per_layer": per_layer,
         }
+
+    def _host_stats(self) -> dict[str, Any]:
+        """Of the way to a GPU, summed over pools; nothing on the CPU."""
+        if self.device.cuda is None:
+            return {}
+        sums: dict[str, Any] = {}
+        for pool in self.pools:
+            for name, value in pool.host_stats().items():
+                sums[name] = sums.get(name, 0) + value
+        limits = sorted({pool.host_limit() for pool in self.pools} - {""})
+        return {**sums, "pinning_limit": "; ".join(limits) or None}
+
+    def wait_until_pinned(self) -> None:
+        """Block until the background thread has pinned the host memory it may, for measurements.
+
+        Until then copies of what is not pinned are slower. Returns at once on the CPU.
+        """
+        self._check_open("wait_until_pinned")
+        while any(pool.host_stats().get("pinning") for pool in self.pools):
+            time.sleep(0.001)
 
     def reset_stats(self) -> None:
         """Set every counter to zero and forget the timeline."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from moe_offload import _core
 from moe_offload.backends import BoundExperts
 from moe_offload.config import OffloadConfig
+from moe_offload.device import HOST, ComputeDevice
 from moe_offload.errors import StateError
-from moe_offload.pages import PageLayout, allocate_slab
+from moe_offload.pages import PageLayout
 from moe_offload.sources import PageSource
 
 MIN_SLOTS: int = _core.MIN_SLOTS  # one page is computed while the next arrives
@@ -44,6 +45,9 @@ class ExpertPool:
         num_experts: experts of each layer.
         source: where pages come from.
         num_slots: slots to allocate, at least MIN_SLOTS; more than there are pages is cut.
+        device: where the slots are.
+        host_bytes: for slots on a GPU, host memory between source and slots: pages in files get
+            frames in it, tensors are pinned where they lie, up to so many bytes.
         config: io_engine, chunk_bytes, direct_io, policy and so on.
     """
 
@@ -56,8 +60,12 @@ class ExpertPool:
         source: PageSource,
         num_slots: int,
         config: OffloadConfig,
+        device: ComputeDevice = HOST,
+        host_bytes: int = 0,
     ) -> None:
         self.layout = layout
+        self.device = device
+        self._host_bytes = host_bytes
         self.layers = layers
         self.names = names
         self.num_experts = num_experts
@@ -79,7 +87,7 @@ class ExpertPool:
         self.num_slots = min(num_slots, self.num_pages)
         slots = max(self.num_slots, MIN_SLOTS)  # a pool of one page still gets two slots
         kept = self.kept_pages() if self._config.policy == "static" else []
-        self.slab: Tensor | None = allocate_slab(self.layout, slots)
+        self.slab: Tensor | None = self.device.allocate_slab(self.layout, slots)
         self.views: dict[str, Tensor] = self.layout.views(self.slab)
         self.pager = _core.Pager(
             source=self._source,
@@ -95,6 +103,10 @@ class ExpertPool:
             queue_depth=self._config.io_depth,
             chunk_bytes=self._config.chunk_bytes,
             wait_timeout_s=self._config.wait_timeout_s,
+            cuda=self.device.cuda,
+            page_bytes=self.layout.page_bytes,
+            copy_chunk_bytes=self._config.copy_chunk_bytes,
+            host_bytes=self._host_bytes,
         )
 
     def kept_pages(self) -> list[tuple[int, int]]:
@@ -160,6 +172,14 @@ class ExpertPool:
     def reset_counters(self) -> None:
         self._past = {}
         self.pager.reset_counters()
+
+    def host_stats(self) -> dict[str, int]:
+        """Bytes and counts of the way from host memory to a GPU; {} on the CPU."""
+        return self.pager.engine_stats()
+
+    def host_limit(self) -> str:
+        """Why not all host memory is pinned; "" when all is, or none needs to be."""
+        return self.pager.engine_limit()
 
     def io_mode(self) -> str:
         """How pages come: "direct", "buffered" or "mixed" reads, "memory", or "converted"."""

@@ -43,7 +43,7 @@ def test_malformed_budgets_are_refused(budget):
             "policy: expected one of lru, lru-per-layer, lfu, .*, got 'mru'",
         ),
         ({"policy": "belady"}, ValueError, "policy: expected one of lru, .*, got 'belady'"),
-        ({"device": "cuda"}, ValueError, "computes experts on the CPU"),
+        ({"device": "tpu"}, ValueError, 'expected "cpu", "cuda" or "cuda:N", got \'tpu\''),
         ({"expert_backend": "x"}, ValueError, "expert_backend: expected one of"),
         ({"fill": "yes"}, ValueError, "fill: expected True, False"),
         ({"io_threads": 0}, ValueError, "io_threads: expected 1 to 64, got 0"),

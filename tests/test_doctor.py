@@ -112,6 +112,15 @@ def test_cuda_driver_present(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._cuda_text(report) == "supports CUDA 12.8: Card 0, Card 1"
 
 
+def test_a_gpu_that_torch_cannot_use_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    report = doctor.examine()
+    assert "torch with CUDA" in [entry["what"] for entry in report["missing"]]
+    assert "this torch is a CPU build" in doctor.render(report)
+    assert report["works"]
+
+
 def test_cuda_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(status=999))
     assert doctor._cuda_driver() == {

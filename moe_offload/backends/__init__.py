@@ -51,7 +51,11 @@ class BoundExperts(Protocol):
 
 
 class ExpertBackend(Protocol):
-    """A way to compute experts."""
+    """A way to compute experts.
+
+    It computes on the CPU, unless it has `devices`: the types of device whose slots it can read,
+    such as ("cpu", "cuda"). `auto_devices` are those on which "auto" may take it, all by default.
+    """
 
     name: str
 
@@ -82,7 +86,7 @@ def describe() -> dict[str, str | None]:
 
 
 def choose(
-    wanted: str, module: Any, layout: PageLayout, name: str
+    wanted: str, module: Any, layout: PageLayout, name: str, device: str = "cpu"
 ) -> tuple[ExpertBackend, str | None]:
     """The backend for one layer.
 
@@ -91,6 +95,7 @@ def choose(
         module: as for `ExpertBackend.bind`.
         layout: of the layer's pages.
         name: of the layer, for messages.
+        device: type of the device the slots are on.
 
     Returns:
         The backend, and why faster ones were passed over (None when none was).
@@ -102,9 +107,13 @@ def choose(
     for backend in _KNOWN:
         if wanted not in ("auto", backend.name):
             continue
-        if wanted == "auto" and backend.name == "triton":
-            continue  # slots are in RAM, where Triton's kernels are only interpreted, for tests
-        reason = backend.missing() or backend.supports(module, layout)
+        devices = getattr(backend, "devices", ("cpu",))
+        if device in (getattr(backend, "auto_devices", devices) if wanted == "auto" else devices):
+            reason = backend.missing() or backend.supports(module, layout)
+        elif wanted == "auto":
+            continue  # not made for this device: nobody misses it here
+        else:
+            reason = f"it does not compute on {device}"
         if reason is None:
             return backend, "; ".join(passed_over) or None
         passed_over.append(f"{backend.name}: {reason}")

@@ -1,7 +1,9 @@
 """transformers' own arithmetic on the slots, operation by operation: the backend for every layout.
 
 One matrix product per expert, which is what torch's grouped_mm does on the CPU, so the output
-equals a resident model with `experts_implementation="grouped_mm"` bit for bit.
+equals a resident model with `experts_implementation="grouped_mm"` bit for bit. On CUDA it is the
+portable backend: one product per expert as well, not torch's grouped kernel, whose tiles are chosen
+by the total number of rows, so that an expert's result could depend on who arrives with it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from moe_offload.device import read_ids
 
 if TYPE_CHECKING:
     from moe_offload.pager import ExpertPool
@@ -27,6 +31,7 @@ class GroupedMM:
     """See the head of this file."""
 
     name = "grouped_mm"
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def missing(self) -> str | None:
         return None
@@ -56,7 +61,10 @@ class _Run:
         self._num_tokens, self._top_k = topk_ids.shape
         sorted_ids, self._perm = torch.sort(topk_ids.reshape(-1))  # [R], R = T * A
         self._rows = hidden[self._perm // self._top_k]  # [R, H]
-        ids, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+        if topk_ids.device.type == "cpu":
+            ids, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+        else:  # only the ids come to the host; asking for the sorted ones too would wait again
+            ids, counts = torch.unique(read_ids(topk_ids), return_counts=True)
         ends: list[int] = torch.cumsum(counts, 0).tolist()
         found = zip(ids.tolist(), [0, *ends], ends, strict=False)
         ours = [group for group in found if 0 <= group[0] < num_experts]

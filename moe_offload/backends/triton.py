@@ -29,7 +29,8 @@ class TritonExperts:
     """See the head of this file. Triton itself is imported when a layer is computed."""
 
     name = "triton"
-    devices: tuple[str, ...] = ("cuda", "cpu")  # the latter interpreted, and only by name
+    devices: tuple[str, ...] = ("cuda", "cpu")
+    auto_devices: tuple[str, ...] = ("cuda",)  # on the CPU it is only interpreted, for tests
 
     def missing(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
