@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_offload import paged_op as paged_op  # declares the op that torch.compile sees
 from moe_offload.activations import ExpertForm
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import StateError
@@ -58,8 +59,12 @@ def run_experts(
         raise StateError(
             f"{handle.name}: offloaded experts are for inference; call model.eval() first"
         )
+    if torch.compiler.is_compiling():
+        return torch.ops.moe_offload.run_experts(
+            hidden_states, top_k_index, top_k_weights, handle.key
+        )
     return inference_only(
-        lambda: _run(handle, hidden_states, top_k_index, top_k_weights),
+        lambda: run_paged(handle, hidden_states, top_k_index, top_k_weights),
         handle.name,
         hidden_states,
         top_k_weights,
@@ -93,7 +98,10 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
-def _run(handle: PagedLayer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def run_paged(
+    handle: PagedLayer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """`run_experts` without its checks of training mode and gradients."""
     assert handle.experts is not None, f"{handle.name} was described without a module"
     device = handle.pool.device
     device.check_call(

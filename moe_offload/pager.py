@@ -6,8 +6,10 @@ slots; `_core.Pager` decides and copies; the views are the slots seen as paramet
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -33,6 +35,19 @@ class PagedLayer:
     name: str
     num_experts: int
     experts: BoundExperts | None = None  # who computes them; None for layers that are only paged
+    key: int = field(default_factory=itertools.count().__next__)  # for `find_layer`
+
+    def __post_init__(self) -> None:
+        _LAYERS[self.key] = self
+
+
+# Compiled code names a layer by number, because an op takes no Python objects (see ops.py).
+_LAYERS: weakref.WeakValueDictionary[int, PagedLayer] = weakref.WeakValueDictionary()
+
+
+def find_layer(key: int) -> PagedLayer | None:
+    """The layer with this key, None when it no longer exists."""
+    return _LAYERS.get(key)
 
 
 class ExpertPool:
