@@ -131,7 +131,7 @@ def verify(
         and the counters of `stats()` have gone on counting.
 
     Raises:
-        StateError: not offloaded, or not enough memory for the reference.
+        StateError: not offloaded, on a GPU, or not enough memory for the reference.
         ValueError: no prompts, or texts without a tokenizer.
 
     Example:
@@ -143,6 +143,12 @@ def verify(
     from moe_offload.huggingface.experts import implementation_of
 
     offloader = get_offloader(model)
+    if offloader.device.torch_device.type != "cpu":
+        raise StateError(
+            f"verify compares on the CPU, this model computes on {offloader.device.torch_device}: "
+            'kernels there round in another order. Offload it with device="cpu" to verify it, or '
+            "compare its tokens at two budgets (Offloader.resize)."
+        )
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
     if not encoded or max_new_tokens < 1:
         raise ValueError("verify: expected at least one prompt and one new token")

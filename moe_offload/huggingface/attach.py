@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_offload.config import OffloadConfig
-from moe_offload.errors import StateError, UnsupportedModelError
+from moe_offload.config import OffloadConfig, format_bytes
+from moe_offload.errors import DeviceError, StateError, UnsupportedModelError
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
 from moe_offload.layer import run_experts
 from moe_offload.offloader import ExpertLayer, Offloader
@@ -36,9 +36,11 @@ def offload(model: nn.Module, device_budget: int | str = "25%", **options: Any) 
     slots are filled from. `offloader.restore()` puts the same Parameter objects back.
 
     Args:
-        model: a transformers MoE model in eval mode, without gradients, on the CPU.
+        model: a transformers MoE model in eval mode, without gradients, its experts on the CPU.
         device_budget: what experts may occupy in slots: bytes, "6GiB" or "25%" of all experts.
-        **options: further fields of OffloadConfig (policy, io_threads, ...).
+        **options: further fields of OffloadConfig (policy, device, ...). With device="cuda" the
+            rest of the model is moved to the GPU, and back by restore; the experts stay in host
+            memory and are pinned there.
 
     Returns:
         The Offloader; also reachable as `moe_offload.get_offloader(model)`.
@@ -47,6 +49,7 @@ def offload(model: nn.Module, device_budget: int | str = "25%", **options: Any) 
         UnsupportedModelError: no experts that can be paged, or a form that is refused.
         StateError: training mode, gradients, or offloaded already.
         BudgetError: malformed, or too small for one wave.
+        DeviceError: no GPU that can be used, or the model without experts does not fit there.
 
     Example:
         >>> offloader = moe_offload.offload(model, device_budget="25%")
@@ -59,7 +62,14 @@ def offload(model: nn.Module, device_budget: int | str = "25%", **options: Any) 
     pages = TensorPages()
     for index, layer in enumerate(layers):
         pages.add_layer(index, {name: _host(layer, name) for name in layer.tensors})
-    return Attachment(model, layers).start(pages, config)
+    attachment = Attachment(model, layers)
+    offloader = attachment.start(pages, config)
+    try:
+        attachment.move_rest()
+    except BaseException:
+        offloader.restore()
+        raise
+    return offloader
 
 
 def get_offloader(model: nn.Module) -> Offloader:
@@ -112,7 +122,7 @@ def _host(layer: ExpertLayer, name: str) -> Tensor:
         hint = (
             "The model has no weights yet; use moe_offload.from_pretrained."
             if tensor.device.type == "meta"
-            else 'This version computes experts on the CPU; call model.to("cpu") first.'
+            else 'Call model.to("cpu") first; with device="cuda" the rest of it is moved back.'
         )
         raise UnsupportedModelError(
             f"{layer.name}.{name} must be on the CPU, got {tensor.device}. {hint}"
@@ -174,6 +184,28 @@ class Attachment:
         closer = weakref.finalize(model, self.offloader.close)  # a dead model leaves no threads
         self._undo.append(closer.detach)
         return self.offloader
+
+    def move_rest(self) -> None:
+        """Move everything but the experts to the device they are computed on; restore moves back.
+
+        Raises:
+            DeviceError: it does not fit there. What was moved is moved back.
+        """
+        model, offloader = self.model(), self.offloader
+        assert model is not None
+        assert offloader is not None
+        device = offloader.device.torch_device
+        tensors = [*model.parameters(), *model.buffers()]
+        if device.type == "cpu" or all(tensor.device == device for tensor in tensors):
+            return
+        self._undo.append(functools.partial(_move, self.model, torch.device("cpu")))
+        try:
+            model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{type(model).__name__} without its experts does not fit on {device} beside "
+                f"{format_bytes(offloader.device_budget_bytes)} of slots. Lower device_budget."
+            ) from error
 
     def _page(self, index: int) -> None:
         """Swap the class of one experts module and leave placeholders for its parameters."""
@@ -266,6 +298,11 @@ class Attachment:
 
     def __reduce__(self) -> Any:
         raise _no_copies()
+
+
+def _move(reference: weakref.ref[nn.Module], device: torch.device) -> None:
+    if (model := reference()) is not None:
+        model.to(device)
 
 
 def _refuse_save(*args: Any, **kwargs: Any) -> None:

@@ -62,8 +62,8 @@ def from_pretrained(
         dtype: "auto" (the checkpoint's), or a torch dtype. Another dtype than the files' makes
             every page go through a conversion on its way in.
         model_class: the transformers class to load; default: the one config.json names.
-        **options: further fields of OffloadConfig (policy, io_threads, ...); every other name is
-            passed to transformers' from_pretrained (revision, token, attn_implementation, ...).
+        **options: further fields of OffloadConfig (policy, device, host_budget, ...); every other
+            name is passed to transformers' from_pretrained (revision, token, ...).
 
     Returns:
         A model of transformers' own class, in eval mode. `moe_offload.get_offloader(model)` has
@@ -101,7 +101,12 @@ def from_pretrained(
         model, experts.layers, experts.load_layer, before_restore=_memory_check(experts)
     )
     attachment.origin = Origin(model_class, path, {"dtype": dtype, **options})
-    attachment.start(experts.pages(), config)
+    offloader = attachment.start(experts.pages(), config)
+    try:
+        attachment.move_rest()
+    except BaseException:
+        offloader.close()
+        raise
     return (model, info) if want_info else model
 
 
@@ -265,8 +270,8 @@ def _refuse_device_map(device_map: Mapping[str, Any] | None) -> None:
     devices = {str(device) for device in (device_map or {}).values()}
     if devices - {"cpu"}:
         raise UnsupportedModelError(
-            f"device_map places modules on {', '.join(sorted(devices))}; this version computes on "
-            "the CPU. Leave device_map out: moe_offload itself keeps the experts on disk."
+            f"device_map places modules on {', '.join(sorted(devices))}; leave it out: moe_offload "
+            'itself keeps the experts on disk, and device="cuda" puts the rest on a GPU.'
         )
 
 
