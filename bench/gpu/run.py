@@ -47,9 +47,11 @@ class Part:
 PARTS = (
     Part("test", "gpu_tests", 120, "the tests marked gpu; nothing is timed when one fails"),
     Part("roofs", "copy_roofs", 30, "pinned copies idle and while computing, HBM, GEMM, pinning"),
-    Part("routing", "routing", 45, "routing, prediction and sorting in one launch, in a graph"),
-    Part("triton", "triton_experts", 60, "Triton expert kernels beside transformers' own"),
-    Part("expert_kernels", "expert_kernels", 150, "resident experts: ours, grouped_mm, batched_mm"),
+    Part("routing", "routing", 40, "routing, prediction and sorting in one launch, in a graph"),
+    Part("triton", "triton_experts", 45, "Triton expert kernels beside transformers' own"),
+    Part("expert_kernels", "expert_kernels", 110, "resident experts: ours, grouped_mm, batched_mm"),
+    Part("paging", "page_copies", 70, "rate by page size, demand latency, pre-emption, overlap"),
+    Part("end_to_end", "end_to_end_gpu", 120, "models at four budgets, and accelerate's offload"),
 )
 
 
