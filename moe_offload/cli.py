@@ -122,10 +122,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train_predictor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
-        choices=("rpp", "preattention"),
+        choices=("rpp", "preattention", "pregate"),
         metavar="KIND",
         help="rpp: from "
-        "the tokens alone; preattention: linear heads on the layers' inputs, needs --model",
+        "the tokens alone; preattention: linear heads on the layers' inputs; pregate: a gate for "
+        "the next layer's experts on what a router sees; both need --model",
     )
     parser.add_argument(
         "--trace",

@@ -39,6 +39,11 @@ PRESETS: dict[str, Preset] = {
         "SE-MoE 2205.10034",
         {"policy": "layer-ring", "predictor": "ring"},
     ),
+    "pregated-moe": Preset(
+        "a trained gate in each layer names the next layer's experts; the rest on demand",
+        "Pre-gated MoE 2308.12066, its gates as predictors",
+        {"policy": "lru", "predictor": "pregate"},
+    ),
     "expertflow": Preset(
         "routing paths predicted from the tokens, slots by predicted use, like sequences together",
         "ExpertFlow 2410.17954",

@@ -23,6 +23,7 @@ from moe_offload.predictors.base import ModelFacts, Prediction, Predictions, Pre
 from moe_offload.predictors.chances import Chances
 from moe_offload.predictors.oracle import CallRecorder, Oracle
 from moe_offload.predictors.preattention import PreAttention
+from moe_offload.predictors.pregate import PreGate, PreGates, PreGateShape
 from moe_offload.predictors.previous import PreviousToken
 from moe_offload.predictors.recall import Recall
 from moe_offload.predictors.rpp import RoutingPathPredictor
@@ -51,6 +52,13 @@ def random_preattention(num_layers: int, hidden: int = 32) -> PreAttention:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(num_layers, 2, NUM_EXPERTS, hidden, generator=generator)
     return PreAttention(weight, torch.zeros(num_layers, 2, NUM_EXPERTS), TOP_K)
+
+
+def random_pregate(num_layers: int) -> PreGate:
+    torch.manual_seed(0)
+    gates = PreGates(PreGateShape(num_layers, NUM_EXPERTS, TOP_K, 32, inner_size=4))
+    torch.nn.init.normal_(gates.linear)
+    return PreGate(gates)
 
 
 class Everything(Predictor):
@@ -84,6 +92,7 @@ def all_predictors(num_layers: int, calls) -> dict[str, Callable[[], Predictor]]
         "lookahead": lambda: make_predictor("lookahead"),
         "lookahead-3": lambda: make_predictor("lookahead-3"),
         "preattention": lambda: random_preattention(num_layers),
+        "pregate": lambda: random_pregate(num_layers),
         "rpp": lambda: random_rpp(num_layers),
         "oracle": lambda: Oracle(calls, depth=2),
         "everything": Everything,

@@ -12,6 +12,7 @@ import moe_offload
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import PredictorError
 from moe_offload.predictors.artefact import save_predictor
+from moe_offload.predictors.pregate import PreGates, PreGateShape
 from moe_offload.predictors.rpp_model import RppConfig, RppModel
 from moe_offload.presets import PRESETS, with_preset
 from moe_offload.scheduling import batch_generate
@@ -20,9 +21,15 @@ from tests.tiny_models import NUM_EXPERTS, TOP_K, VOCAB, prompt_ids, tiny_model
 PROMPTS = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14], [15], [16, 17]]
 
 
-def with_rpp(model: Any, folder: Path) -> Any:
-    """Give a tiny model an untrained Routing Path Predictor of its own, where presets look."""
+def with_predictors(model: Any, folder: Path) -> Any:
+    """Give a tiny model untrained predictors of its own, where presets look for them."""
     torch.manual_seed(0)
+    gates = PreGates(PreGateShape(2, NUM_EXPERTS, TOP_K, model.config.hidden_size, 4))
+    torch.nn.init.normal_(gates.linear)
+    shape = vars(gates.shape)
+    save_predictor(
+        folder / "predictors" / "pregate", "pregate", gates.state_dict(), shape, {}, "a test"
+    )
     config = RppConfig(
         vocab_size=VOCAB, num_layers=2, num_experts=NUM_EXPERTS, top_k=TOP_K, d_ff=16
     )
@@ -35,11 +42,12 @@ def with_rpp(model: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("budget", ["30%", "75%"])
 def test_every_preset_gives_the_resident_models_tokens(
-    preset: str, budget: str, tmp_path: Path
+    preset: str, name: str, budget: str, tmp_path: Path
 ) -> None:
-    model = with_rpp(tiny_model("qwen3_moe"), tmp_path)
+    model = with_predictors(tiny_model(name), tmp_path)
     expected = batch_generate(model, PROMPTS, 3, "fifo", max_new_tokens=8, num_running=2).tokens
     ids = prompt_ids(9)
     alone = model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
@@ -76,7 +84,7 @@ def test_the_ring_keeps_turning_past_pages_nobody_used() -> None:
 
 
 def test_expertflow_tells_the_policy_and_prefetches_for_each_batch(tmp_path: Path) -> None:
-    model = with_rpp(tiny_model("qwen3_moe"), tmp_path)
+    model = with_predictors(tiny_model("qwen3_moe"), tmp_path)
     with moe_offload.offload(model, device_budget="40%", preset="expertflow") as offloader:
         assert all(pool.pager.uses_predictions for pool in offloader.pools)
         batch_generate(model, PROMPTS, 3, max_new_tokens=6, num_running=2)
@@ -88,10 +96,11 @@ def test_expertflow_tells_the_policy_and_prefetches_for_each_batch(tmp_path: Pat
         assert type(driver.predictor).__name__ == "RoutingPathPredictor", "back after the batches"
 
 
-def test_expertflow_without_a_trained_predictor_says_how_to_get_one() -> None:
+@pytest.mark.parametrize(("preset", "kind"), [("expertflow", "rpp"), ("pregated-moe", "pregate")])
+def test_presets_without_their_trained_predictor_say_how_to_get_one(preset: str, kind: str) -> None:
     model = tiny_model("qwen3_moe")
-    with pytest.raises(PredictorError, match="train-predictor"):
-        moe_offload.offload(model, preset="expertflow")
+    with pytest.raises(PredictorError, match=f"moe-offload train-predictor {kind}"):
+        moe_offload.offload(model, preset=preset)
     model(input_ids=prompt_ids(3))  # untouched
 
 

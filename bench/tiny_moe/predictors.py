@@ -25,7 +25,7 @@ from moe_offload.huggingface.observe import Observer, observe
 from moe_offload.models import tiny_moe_path
 from moe_offload.predictors.rpp_model import RppConfig
 from moe_offload.predictors.rpp_training import Sample
-from moe_offload.predictors.training import train_preattention_to, train_rpp_to
+from moe_offload.predictors.training import train_preattention_to, train_pregate_to, train_rpp_to
 
 TEXT_BATCHES, TEXT_ROWS, TEXT_TOKENS = 40, 64, 256
 WRITTEN_BATCHES, WRITTEN_ROWS, PROMPT_TOKENS, NEW_TOKENS = 20, 96, 48, 144
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=os.environ.get("MOE_OFFLOAD_CORPUS"))
     parser.add_argument("--out", type=Path, default=tiny_moe_path() / "predictors")
     parser.add_argument("--minutes", type=float, default=30, help="of training the RPP (30)")
+    parser.add_argument("--kinds", default="rpp,preattention,pregate", help="(all)")
     args = parser.parse_args()
     if args.corpus is None:
         parser.error("give --corpus, the folder of domain files")
@@ -108,19 +109,24 @@ def main() -> None:
     experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     config = RppConfig(model.config.vocab_size, model.config.num_hidden_layers, experts, top_k)
     shared = {"data": DATA, "held_out": 0.06, "log": print}
-    train_rpp_to(
-        args.out / "rpp", samples, config, steps=3000, minutes=args.minutes, batch=12, **shared
-    )
-    train_preattention_to(
-        args.out / "preattention",
-        model,
-        samples,
-        num_experts=experts,
-        top_k=top_k,
-        steps=400,
-        minutes=args.minutes / 3,
-        **shared,
-    )
+    kinds = args.kinds.split(",")
+    if "rpp" in kinds:
+        train_rpp_to(
+            args.out / "rpp", samples, config, steps=3000, minutes=args.minutes, batch=12, **shared
+        )
+    on_layers = {"preattention": train_preattention_to, "pregate": train_pregate_to}
+    for kind, train_to in on_layers.items():
+        if kind in kinds:
+            train_to(
+                args.out / kind,
+                model,
+                samples,
+                num_experts=experts,
+                top_k=top_k,
+                steps=400,
+                minutes=args.minutes / 3,
+                **shared,
+            )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 | `lookahead`, `lookahead-2`, `lookahead-3` | the next layers' own routers on the present state |
 | `ring` | nothing: every expert of the layers that come next (SE-MoE) |
 | folder of a trained `preattention` | the layer's input, before its attention |
+| folder of a trained `pregate` | what a layer's router sees; for the next layer (Pre-gated MoE) |
 | folder of a trained `rpp` | the token sequence (ExpertFlow's Routing Path Predictor) |
 | `Oracle` | a recording of the same run: the bound |
 
@@ -35,7 +36,7 @@ _NAMES = (
     "ring",
 )
 # Trained ones that are looked for beside a model, in its folder's predictors/<name>.
-_TRAINED = ("rpp", "preattention")
+_TRAINED = ("rpp", "preattention", "pregate")
 # What "auto" means: see docs/predictors.md for the measurements behind it.
 AUTO = "none"
 
@@ -97,8 +98,8 @@ def make_predictor(spec: Any, model_folder: str = "") -> Predictor | None:
         if not folder.is_dir():
             raise PredictorError(
                 f"predictor {name!r}: none was trained for this model, there is no folder "
-                f"{folder}. Train one with `moe-offload train-predictor` and pass its folder, or "
-                "put it there."
+                f"{folder}. Train one with `moe-offload train-predictor {name}` and pass its "
+                "folder, or put it there."
             )
         return load_predictor(folder)
     return load_predictor(Path(name))

@@ -21,7 +21,7 @@ from moe_offload.predictors.base import ModelFacts, Predictor
 
 FILE, CARD = "predictor.safetensors", "README.md"
 _KEY = "moe_offload.predictor"
-_KINDS = ("rpp", "preattention")
+_KINDS = ("rpp", "preattention", "pregate")
 
 
 def save_predictor(
@@ -35,7 +35,7 @@ def save_predictor(
     """Write a trained predictor; returns the path of its weights.
 
     Args:
-        kind: "rpp" or "preattention".
+        kind: "rpp", "preattention" or "pregate".
         tensors: stored as bfloat16.
         shape: what the predictor must fit and how it is built (its config's fields).
         training: facts for the card, JSON-ready.
@@ -93,6 +93,10 @@ def load_predictor(path: str | Path) -> Predictor:
         from moe_offload.predictors.rpp import RoutingPathPredictor
 
         return RoutingPathPredictor.from_tensors(about["shape"], tensors, str(path))
+    if about["kind"] == "pregate":
+        from moe_offload.predictors.pregate import PreGate
+
+        return PreGate.from_tensors(about["shape"], tensors, str(path))
     from moe_offload.predictors.preattention import PreAttention
 
     return PreAttention.from_tensors(about["shape"], tensors, str(path))

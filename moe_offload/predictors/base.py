@@ -69,9 +69,10 @@ class Predictor:
         name: how stats and tables call it.
         horizon: predictions given when the token is known cover many layers; the copies of a
             layer start when the layer `horizon` before it is routed.
-        obeyed: every page it names is fetched, in the order of naming, until no slot is left: no
-            weighing of chances, and layers that come before the present one are those of the next
-            call. For published systems that move pages by a fixed plan.
+        obeyed: every page with a score of at least 1/2 is fetched, in the order of naming, until
+            no slot is left: no weighing of chances, and layers that come before the present one
+            are those of the next call. For published systems that move pages by a fixed plan.
+        scored: its predictions are guesses about tokens, so their recall is of interest.
         wanted: set by the driver; False during calls of many tokens, whose predictions it does not
             use (a prompt needs nearly every expert and has a path of its own).
     """
@@ -79,6 +80,7 @@ class Predictor:
     name = "predictor"
     horizon = 2
     obeyed = False
+    scored = True
     wanted = True
 
     def bind(self, model: nn.Module, facts: ModelFacts) -> None:
@@ -95,6 +97,10 @@ class Predictor:
     def layer_input_known(self, layer: int, hidden: Tensor) -> Predictions:
         """Input of a decoder layer, [B, T, H], before its attention."""
         return ()
+
+    def block_input_known(self, layer: int, hidden: Tensor) -> None:
+        """Input of an MoE block, which its router sees, [B, T, H]. Only to be remembered: what a
+        predictor makes of it, it says in `layer_routed`, behind the layer's own misses."""
 
     def layer_routed(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Predictions:
         """A layer was routed, ids [R, A], and its own copies are under way."""

@@ -123,6 +123,10 @@ class PrefetchDriver:
         self._note(self.predictor.layer_input_known(layer, hidden), layer, "input")
         self._spent_ns += time.perf_counter_ns() - begin
 
+    def block_begins(self, layer: int, hidden: Tensor) -> None:
+        if self._call is not None and self._thread == threading.get_ident():
+            self.predictor.block_input_known(layer, hidden)
+
     def layer_routed(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> None:
         if self._call is not None and self._thread == threading.get_ident():
             self._routed = (layer, topk_ids, topk_weights)
@@ -159,6 +163,10 @@ class PrefetchDriver:
         """Remember what is said about layers to come; near ones are scheduled at once."""
         if self.predictor.obeyed:
             self._obey(predictions)
+            if self.predictor.scored and self._wanted:
+                for layer, scores in predictions:
+                    asked = _Asked(f"{moment}+{layer - now}", scores)
+                    self._asked.setdefault(layer, []).append(asked)
             return
         if not self._wanted:
             return
@@ -178,7 +186,7 @@ class PrefetchDriver:
         """Fetch what is named, as long as there are slots that hold nothing named before."""
         for layer, scores in predictions:
             pool, local = self._pools[layer]
-            named: list[int] = np.flatnonzero(scores.max(axis=0) > 0).tolist()
+            named: list[int] = np.flatnonzero(scores.max(axis=0) >= 0.5).tolist()
             absent = pool.pager.expect(local, named)
             started = pool.pager.prefetch(local, absent)
             self._started_pages += started
@@ -338,9 +346,10 @@ def _observer(driver: PrefetchDriver, predictor: Predictor) -> Observer:
         def call_ends(self, call: ModelCall) -> None:
             driver.call_ends(call)
 
-    class EventsWithInputs(Events):
-        def layer_begins(self, layer: int, hidden: Tensor) -> None:
-            driver.layer_begins(layer, hidden)
-
-    reads_inputs = type(predictor).layer_input_known is not Predictor.layer_input_known
-    return EventsWithInputs() if reads_inputs else Events()
+    extra: dict[str, Any] = {}
+    if type(predictor).layer_input_known is not Predictor.layer_input_known:
+        extra["layer_begins"] = lambda self, layer, hidden: driver.layer_begins(layer, hidden)
+    if type(predictor).block_input_known is not Predictor.block_input_known:
+        extra["block_begins"] = lambda self, layer, hidden: driver.block_begins(layer, hidden)
+    observer: Observer = type("Events", (Events,), extra)()
+    return observer

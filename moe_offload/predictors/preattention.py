@@ -14,7 +14,7 @@ from moe_offload.errors import PredictorError
 from moe_offload.predictors.artefact import check_fits
 from moe_offload.predictors.base import ModelFacts, Prediction, Predictions, Predictor
 
-_EPS = 1e-6
+INPUT_EPS = 1e-6
 SHAPE = ("num_layers", "num_experts", "top_k", "hidden_size", "reach")
 
 
@@ -76,7 +76,7 @@ class PreAttention(Predictor):
             )
         with torch.no_grad():
             x = hidden.float().numpy().reshape(-1, width)
-        power = np.einsum("rh,rh->r", x, x) / width + _EPS
+        power = np.einsum("rh,rh->r", x, x) / width + INPUT_EPS
         logits = (x @ self._weight[layer]) * (power**-0.5)[:, None] + self._bias[layer]
         scores = 1 / (1 + np.exp(np.minimum(-logits, 80)))  # [R, reach * E]
         experts = self.shape["num_experts"]

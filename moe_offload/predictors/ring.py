@@ -18,6 +18,7 @@ class LayerRing(Predictor):
 
     name = "ring"
     obeyed = True
+    scored = False
 
     def bind(self, model: nn.Module, facts: ModelFacts) -> None:
         self._all = [np.ones((1, count), np.float32) for count in facts.num_experts]

@@ -14,7 +14,11 @@ from moe_offload.errors import PredictorError
 from moe_offload.predictors.artefact import FILE
 from moe_offload.predictors.rpp_model import RppConfig
 from moe_offload.predictors.rpp_training import Sample
-from moe_offload.predictors.training import train_preattention_to, train_rpp_to
+from moe_offload.predictors.training import (
+    train_preattention_to,
+    train_pregate_to,
+    train_rpp_to,
+)
 from moe_offload.trace_files import read_trace
 from moe_offload.traces import DECODE, Trace
 
@@ -49,9 +53,9 @@ def train_predictor(args: argparse.Namespace) -> int:
     from moe_offload.cli_generate import quiet
 
     quiet()
-    if args.kind == "preattention" and args.model is None:
+    if args.kind != "rpp" and args.model is None:
         raise PredictorError(
-            "preattention reads the layers of a model: give --model (and --trace or --prompts)"
+            f"{args.kind} reads the layers of a model: give --model (and --trace or --prompts)"
         )
     if not args.trace and (args.model is None or args.prompts is None):
         raise PredictorError(
@@ -81,7 +85,8 @@ def train_predictor(args: argparse.Namespace) -> int:
         config = RppConfig(vocab, len(num_experts), num_experts[0], top_k)
         report = train_rpp_to(args.out, samples, config, **options)
     else:
-        report = train_preattention_to(
+        train_to = train_preattention_to if args.kind == "preattention" else train_pregate_to
+        report = train_to(
             args.out, model, samples, num_experts=num_experts[0], top_k=top_k, **options
         )
     if args.json:

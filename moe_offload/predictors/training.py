@@ -59,9 +59,7 @@ def save_rpp(
     seed: int,
 ) -> None:
     """Judge an RPP in the precision it is stored in, and write it with its card."""
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.copy_(tensor.to(torch.bfloat16))
+    _round_to_bf16(model)
     domains = sorted({sample.domain for sample in judged})
     report.held_out = {"all": judge_rpp(model, judged)}
     if len(domains) > 1:
@@ -107,6 +105,68 @@ def train_preattention_to(
     tensors = {"weight": weight, "bias": bias}
     save_predictor(folder, "preattention", tensors, shape, training, card)
     return report
+
+
+def train_pregate_to(
+    folder: str | Path,
+    model: Any,
+    samples: Sequence[Sample],
+    *,
+    num_experts: int,
+    top_k: int,
+    data: str,
+    steps: int,
+    minutes: float | None = None,
+    batch: int = 8,
+    seed: int = 0,
+    held_out: float = 0.1,
+    log: Callable[[str], None] = lambda line: None,
+) -> TrainingReport:
+    """Train pre-gates on what `model` computes for the samples' tokens, and save them."""
+    from moe_offload.predictors.pregate_training import train_pregates
+
+    train, judged = split_samples(samples, held_out, seed)
+    gates, report = train_pregates(
+        model,
+        train,
+        num_experts,
+        top_k,
+        steps=steps,
+        minutes=minutes,
+        batch=batch,
+        seed=seed,
+        log=log,
+    )
+    save_pregates(folder, model, gates, train, judged, report, data=data, seed=seed)
+    return report
+
+
+def save_pregates(
+    folder: str | Path,
+    model: Any,
+    gates: Any,
+    train: Sequence[Sample],
+    judged: Sequence[Sample],
+    report: TrainingReport,
+    *,
+    data: str,
+    seed: int,
+) -> None:
+    """Judge pre-gates in the precision they are stored in, and write them with their card."""
+    from moe_offload.predictors.pregate_training import judge_pregates
+
+    _round_to_bf16(gates)
+    report.held_out = judge_pregates(model, gates, judged)
+    training = _facts(report, data, seed, train, judged)
+    shape = dict(vars(gates.shape))
+    card = _card("Pre-gates", training, report, shape)
+    save_predictor(folder, "pregate", gates.state_dict(), shape, training, card)
+
+
+def _round_to_bf16(module: Any) -> None:
+    with torch.no_grad():
+        for tensor in module.parameters():
+            tensor.copy_(tensor.to(torch.bfloat16))
 
 
 def _facts(
