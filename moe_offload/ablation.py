@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from moe_offload.config import format_bytes
-from moe_offload.errors import MoEOffloadError
+from moe_offload.errors import MoEOffloadError, PredictorError
 from moe_offload.huggingface.attach import get_offloader
 from moe_offload.huggingface.observe import observe
 from moe_offload.predictors import make_predictor
@@ -223,13 +223,17 @@ def command(args: argparse.Namespace) -> int:
     path = resolve_model(args.model)
     names = args.predictor or [*DEFAULT, *_packaged(path)]
     for name in names:
-        make_predictor(name)  # a wrong name fails before the model is loaded
+        made = make_predictor(name, path)  # a wrong name fails before the model is loaded
+        if made is not None and made.lossy:
+            raise PredictorError(f"ablate: {name} changes tokens, and ablate compares them")
     model = moe_offload.from_pretrained(path, device_budget=args.device_budget, policy=args.policy)
     tokenizer = load_tokenizer(path)
     texts = args.prompt or _prompts(tiny_moe_path().parent / "prompts.json")
     prompts = [encode(tokenizer, text, model.config, args.max_new_tokens) for text in texts]
     makers: dict[str, Factory] = {
-        Path(name).name if Path(name).exists() else name: functools.partial(make_predictor, name)
+        Path(name).name if Path(name).exists() else name: functools.partial(
+            make_predictor, name, path
+        )
         for name in names
     }
     rows = ablate(model, prompts, makers, max_new_tokens=args.max_new_tokens, repeats=args.repeats)
@@ -251,7 +255,8 @@ def command(args: argparse.Namespace) -> int:
 
 def _packaged(path: str) -> list[str]:
     folder = Path(path) / "predictors"
-    return [str(entry) for entry in sorted(folder.iterdir())] if folder.is_dir() else []
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [str(entry) for entry in found if not entry.name.startswith("lossy")]
 
 
 def _prompts(file: Path) -> list[str]:

@@ -279,6 +279,7 @@ def _summary(done: Completion, stats: dict[str, Any]) -> str:
         f"experts in {format_bytes(stats['device_budget_bytes'])} of "
         f"{format_bytes(stats['total_expert_bytes'])}, hit rate {stats['hit_rate']:.1%}, "
         f"{format_bytes(moved / len(done.tokens))} moved per token"
+        + (f"; LOSSY: {stats['lossy']} changed tokens" if stats["lossy"] else "")
     )
 
 

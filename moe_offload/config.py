@@ -84,8 +84,9 @@ class OffloadConfig:
         predictor: what is fetched ahead of need: "none", "auto" (what the measurements in
             docs/predictors.md say pays, at present nothing), "previous", "recall", "lookahead",
             "lookahead-2", "lookahead-3", the folder of a trained predictor, or a `Predictor`.
-            "ring", "rpp" or "preattention" (trained ones, in the checkpoint's own folder under
-            predictors/). It never changes a token.
+            "ring", "rpp", "preattention" or "pregate" (trained ones, in the checkpoint's own
+            folder under predictors/). It never changes a token, but for "lossy_pregated", which
+            executes what pre-gates predicted.
         preset: name of a system in `moe_offload.presets`, which sets policy and predictor.
         static_experts: for policy "static", the (layer, expert) pairs that stay. Default: the
             first experts of each layer, evenly.

@@ -22,6 +22,7 @@ from typing import Any
 import moe_offload
 from moe_offload.config import format_bytes
 from moe_offload.memory import available_memory_bytes
+from moe_offload.presets import PRESETS
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "triton")
 # Those that decide which kernels can run: oneDNN's bf16 needs the later ones to be fast.
@@ -36,6 +37,7 @@ def examine() -> dict[str, Any]:
     report: dict[str, Any] = {
         "moe_offload": _safely(_package),
         "python": _safely(_python),
+        "presets": {name: {"lossy": preset.lossy} for name, preset in PRESETS.items()},
         "packages": {name: _version(name) for name in PACKAGES},
         "torch": _safely(_torch),
         "cpu": _safely(_cpu),
@@ -248,6 +250,7 @@ def render(report: dict[str, Any]) -> str:
         ("pager (_core)", _built(core) if core else f"NOT BUILT: {package.get('core_error')}"),
         ("expert backends", _backends_text(package.get("expert_backends", {}))),
         ("native kernels (bf16)", ", ".join(package.get("cpu_isas", [])) or "none"),
+        ("presets", _presets_text()),
         ("CUDA kernels", "built" if package.get("cuda_kernels") else "not built"),
         ("tiny model", "present" if package.get("tiny_model") else "absent"),
         ("python", f"{report['python'].get('version')}, {report['python'].get('platform')}"),
@@ -289,6 +292,11 @@ def _backends_text(backends: dict[str, str | None]) -> str:
 def _torch_text(torch: dict[str, Any]) -> str:
     build = f"CUDA {torch['cuda_build']} build" if torch["cuda_build"] else "CPU build"
     return f"{build}, {torch['cpu_capability']} kernels, {torch['threads']} threads"
+
+
+def _presets_text() -> str:
+    names = (f"{name} (CHANGES TOKENS)" if p.lossy else name for name, p in PRESETS.items())
+    return ", ".join(names)
 
 
 def _memory_text(memory: dict[str, Any]) -> str:

@@ -248,6 +248,12 @@ class Offloader:
         """The smallest budget this model accepts."""
         return smallest_budget(self._layouts, self._num_pages)
 
+    @property
+    def lossy(self) -> str | None:
+        """The name of what changes tokens ("lossy_pregated"); None: nothing, as by default."""
+        predictor = None if self.predicting is None else self.predicting.predictor
+        return predictor.name if predictor is not None and predictor.lossy else None
+
     def stats(self) -> dict[str, Any]:
         """Counters since construction or `reset_stats`, JSON-ready.
 
@@ -255,13 +261,14 @@ class Offloader:
         demand_misses, joined_prefetches, hit_rate, hit_rate_without_prefetch, demand_bytes,
         prefetch_bytes_used, prefetch_bytes_wasted, fill_bytes, disk_bytes, evictions, bypasses,
         stall_seconds, overlap_seconds, device_budget_bytes, total_expert_bytes, num_slots,
-        num_pages, resident_pages, policy, expert_backend (several names when layers differ),
-        io_mode, io_engine, io_fallback, files_deleted, and per_layer: the same for each layer,
-        with its expert_backend and, in passed_over, why no faster one computes it (None: the
-        fastest does). predictor is None without one; else its recall, time, and what it saved and
-        wasted. On a GPU also, since construction: copied_bytes, num_copies, staged_bytes (not
-        pinned, hence slow), pinned_bytes, pinning (1 while that goes on), pinning_limit (why not
-        more), and for files host_bytes, host_hits, host_misses, host_evictions of the host tier.
+        num_pages, resident_pages, policy, lossy (what changes tokens; None: nothing does),
+        expert_backend (several names when layers differ), io_mode, io_engine, io_fallback,
+        files_deleted, and per_layer: the same for each layer, with its expert_backend and, in
+        passed_over, why no faster one computes it (None: the fastest does). predictor is None
+        without one; else its recall, time, and what it saved and wasted. On a GPU also, since
+        construction: copied_bytes, num_copies, staged_bytes (not pinned, hence slow),
+        pinned_bytes, pinning (1 while that goes on), pinning_limit (why not more), and for files
+        host_bytes, host_hits, host_misses, host_evictions of the host tier.
         """
         self._check_open("stats")
         per_layer = layer_stats(self.pools)
@@ -278,6 +285,7 @@ class Offloader:
             "num_pages": sum(self._num_pages),
             "resident_pages": sum(len(pool.pager.residents()) for pool in self.pools),
             "policy": self.config.policy,
+            "lossy": self.lossy,
             "expert_backend": "/".join(sorted({row["expert_backend"] for row in per_layer})),
             "io_mode": "/".join(sorted({pool.io_mode() for pool in self.pools})),
             "io_engine": "/".join(sorted({pool.io_engine() for pool in self.pools})),

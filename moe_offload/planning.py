@@ -61,6 +61,7 @@ class Plan:
         smallest_budget_bytes: the smallest budget this model works with.
         kv_cache_bytes_per_token: per token and sequence, None when it could not be measured.
         context_length: positions the model has, None if the config is silent.
+        lossy: what changes the tokens of a live model, see `Offloader.lossy`.
     """
 
     model: str
@@ -76,6 +77,7 @@ class Plan:
     smallest_budget_bytes: int
     kv_cache_bytes_per_token: int | None
     context_length: int | None
+    lossy: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -116,6 +118,8 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         head = f"{self.model} ({self.architecture}), budget {self.device_budget}"
         lines = [f"{name:<{widths[0]}}  {size:>{widths[1]}}  {what}" for name, size, what in rows]
+        if self.lossy is not None:
+            lines.append(f"LOSSY: {self.lossy} is on, the tokens are not the resident model's")
         return "\n".join([head, "", *(line.rstrip() for line in lines)])
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
@@ -196,6 +200,7 @@ def plan(model: Any, device_budget: int | str = "25%") -> Plan:
         smallest_budget_bytes=smallest_budget(layouts, num_pages),
         kv_cache_bytes_per_token=facts.kv_cache_bytes_per_token,
         context_length=context if isinstance(context, int) else None,
+        lossy=facts.lossy,
     )
 
 
@@ -208,6 +213,7 @@ class _Facts:
     source: Source
     expert_disk_bytes: int | None
     kv_cache_bytes_per_token: int | None
+    lossy: str | None = None
 
 
 def _live_facts(model: nn.Module) -> _Facts:
@@ -227,6 +233,7 @@ def _live_facts(model: nn.Module) -> _Facts:
         source="host memory" if in_memory else "files",
         expert_disk_bytes=None,
         kv_cache_bytes_per_token=_kv_cache_bytes(_on_meta(type(model), config), config),
+        lossy=attachment.offloader.lossy if attachment and attachment.offloader else None,
     )
 
 

@@ -1,8 +1,9 @@
 """Named systems: a policy, a predictor and a schedule that belong together.
 
 The published ones are put together from this package's parts, on one engine, so that what differs
-between two rows of a comparison is what their papers differ in. All are exact: what a predictor
-says is only fetched early, and the model's own routing decides what is computed.
+between two rows of a comparison is what their papers differ in. All but the one that says `lossy`
+are exact: what a predictor says is only fetched early, and the model's own routing decides what is
+computed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ class Preset:
         source: the paper.
         options: fields of `OffloadConfig`.
         schedule: what `batch_generate` does unless told otherwise.
+        lossy: it changes tokens.
     """
 
     about: str
     source: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     schedule: str = "fifo"
+    lossy: bool = False
 
 
 PRESETS: dict[str, Preset] = {
@@ -43,6 +46,12 @@ PRESETS: dict[str, Preset] = {
         "a trained gate in each layer names the next layer's experts; the rest on demand",
         "Pre-gated MoE 2308.12066, its gates as predictors",
         {"policy": "lru", "predictor": "pregate"},
+    ),
+    "lossy_pregated": Preset(
+        "CHANGES TOKENS: what the gates named is executed, whatever the routers say",
+        "Pre-gated MoE 2308.12066",
+        {"policy": "lru", "predictor": "lossy_pregated"},
+        lossy=True,
     ),
     "expertflow": Preset(
         "routing paths predicted from the tokens, slots by predicted use, like sequences together",

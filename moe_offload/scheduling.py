@@ -121,6 +121,11 @@ def batch_generate(
         >>> report.texts[0], report.distinct_experts_per_step
     """
     offloader = find_offloader(model)
+    if offloader is not None and offloader.lossy:
+        raise StateError(
+            f"batch_generate: this model runs {offloader.lossy}, which changes tokens, and the "
+            "schedules are exact. Use model.generate, or an exact preset such as pregated-moe."
+        )
     if schedule is None:
         preset = PRESETS.get(offloader.config.preset or "") if offloader is not None else None
         schedule = cast(Schedule, preset.schedule) if preset is not None else "fifo"

@@ -131,7 +131,7 @@ def verify(
         and the counters of `stats()` have gone on counting.
 
     Raises:
-        StateError: not offloaded, on a GPU, or not enough memory for the reference.
+        StateError: not offloaded, lossy, on a GPU, or not enough memory for the reference.
         ValueError: no prompts, or texts without a tokenizer.
 
     Example:
@@ -148,6 +148,11 @@ def verify(
             f"verify compares on the CPU, this model computes on {offloader.device.torch_device}: "
             'kernels there round in another order. Offload it with device="cpu" to verify it, or '
             "compare its tokens at two budgets (Offloader.resize)."
+        )
+    if offloader.lossy:
+        raise StateError(
+            f"verify: this model runs {offloader.lossy}, which changes tokens on purpose: there is "
+            "nothing to verify. Use an exact preset such as pregated-moe."
         )
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
     if not encoded or max_new_tokens < 1:

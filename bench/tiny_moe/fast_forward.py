@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 
+from moe_offload.predictors.pregate import PreGates
+
 # Rows of an expert are padded to a multiple of this. oneDNN builds a kernel for every new matrix
 # height, so unpadded experts spend most of their time in code generation: all `mm` of a step of
 # 5120 tokens took 917 ms without padding and 315 ms with it (2 cores of AMD EPYC Genoa, bf16).
@@ -72,10 +74,12 @@ class _Experts(torch.autograd.Function):
         grad_inner = torch.empty_like(inner)
         grad_down = torch.zeros_like(down)
         grad_gate_up = torch.zeros_like(gate_up)
+        frozen = not ctx.needs_input_grad[3]
         spans = [(e, s, t) for e, (s, t) in enumerate(pairwise(ctx.offsets)) if t > s]
         for e, s, t in spans:
             torch.mm(grad_rows_out[s:t], down[e], out=grad_inner[s:t])
-            torch.mm(grad_rows_out[s:t].T, inner[s:t], out=grad_down[e])
+            if not frozen:
+                torch.mm(grad_rows_out[s:t].T, inner[s:t], out=grad_down[e])
         gate, up = pre.chunk(2, dim=1)
         act = F.silu(gate)
         grad_weight = (grad_inner * act * up).sum(1)  # [R]
@@ -86,9 +90,13 @@ class _Experts(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         for e, s, t in spans:
             torch.mm(grad_pre[s:t], gate_up[e], out=grad_rows[s:t])
-            torch.mm(grad_pre[s:t].T, rows[s:t], out=grad_gate_up[e])
+            if not frozen:
+                torch.mm(grad_pre[s:t].T, rows[s:t], out=grad_gate_up[e])
         grad_x = grad_rows.index_select(0, inverse).view(*ctx.shape, -1).sum(1)
-        return grad_x, grad_weight[inverse].view(ctx.shape), None, grad_gate_up, grad_down
+        grad_weight = grad_weight[inverse].view(ctx.shape)
+        if frozen:
+            return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, grad_gate_up, grad_down
 
 
 @dataclass
@@ -116,14 +124,22 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def forward(
-    w: dict[str, Tensor], config: Qwen3MoeConfig, ids: Tensor, rope: tuple[Tensor, Tensor]
+    w: dict[str, Tensor],
+    config: Qwen3MoeConfig,
+    ids: Tensor,
+    rope: tuple[Tensor, Tensor],
+    pregates: PreGates | None = None,
 ) -> tuple[Tensor, list[Routing]]:
-    """ids [B, S] -> normed final hidden states [B, S, H], before the tied head, and the routing."""
+    """ids [B, S] -> normed final hidden states [B, S, H], before the tied head, and the routing.
+
+    With `pregates` each layer but the first executes what the gate of the layer before names.
+    """
     cos, sin = rope
     batch, seq_len = ids.shape
     eps, head_dim = config.rms_norm_eps, config.head_dim
     x = F.embedding(ids, w["model.embed_tokens.weight"])
-    routing = []
+    routing: list[Routing] = []
+    ahead: Tensor | None = None  # logits that the layer before made for this one
     for layer in range(config.num_hidden_layers):
         p = f"model.layers.{layer}."
         h = _rms(x, w[p + "input_layernorm.weight"], eps)
@@ -139,7 +155,10 @@ def forward(
         x = x + F.linear(a, w[p + "self_attn.o_proj.weight"])
 
         h = _rms(x, w[p + "post_attention_layernorm.weight"], eps).view(batch * seq_len, -1)
-        probs = F.linear(h, w[p + "mlp.gate.weight"]).float().softmax(-1)  # [T, E]
+        logits = F.linear(h, w[p + "mlp.gate.weight"]).float() if ahead is None else ahead
+        if pregates is not None and layer + 1 < config.num_hidden_layers:
+            ahead = pregates(layer, h)
+        probs = logits.softmax(-1)  # [T, E]
         top, top_ids = probs.topk(config.num_experts_per_tok, dim=-1)
         top = (top / top.sum(-1, keepdim=True)).bfloat16()
         gate_up, down = (w[p + f"mlp.experts.{n}_proj"] for n in ("gate_up", "down"))

@@ -71,8 +71,8 @@ def write(model: torch.nn.Module, prompt: Tensor, seed: int) -> Tensor:
         )
 
 
-def gather(model: torch.nn.Module, corpus: Path, seed: int = 0) -> list[Sample]:
-    """All sequences with their routing; prompts of the text windows are 16 to 64 tokens."""
+def gather(model: torch.nn.Module, corpus: Path, share: float, seed: int = 0) -> list[Sample]:
+    """A share of all sequences, routed; prompts of the text windows are 16 to 64 tokens."""
     tokenizer = Tokenizer.from_file(str(tiny_moe_path() / "tokenizer.json"))
     domains = load_corpus(corpus, tokenizer)
     rng = np.random.default_rng(seed)
@@ -84,10 +84,10 @@ def gather(model: torch.nn.Module, corpus: Path, seed: int = 0) -> list[Sample]:
             samples.append(Sample(row[:cut], row[cut:], experts[cut:], kind))
 
     windows = MixedBatches(domains, TEXT_ROWS, TEXT_TOKENS, seed=7)
-    for _ in range(TEXT_BATCHES):
+    for _ in range(round(share * TEXT_BATCHES)):
         keep(windows.next()[:, :TEXT_TOKENS], "text", 16, 65)
     windows = MixedBatches(domains, WRITTEN_ROWS, 64, seed=8)
-    for batch in range(WRITTEN_BATCHES):
+    for batch in range(round(share * WRITTEN_BATCHES)):
         written = write(model, windows.next()[:, :PROMPT_TOKENS], batch)
         keep(written, "written", PROMPT_TOKENS, PROMPT_TOKENS + 1)
     return samples
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=os.environ.get("MOE_OFFLOAD_CORPUS"))
     parser.add_argument("--out", type=Path, default=tiny_moe_path() / "predictors")
     parser.add_argument("--minutes", type=float, default=30, help="of training the RPP (30)")
+    parser.add_argument("--share", type=float, default=1.0, help="of the sequences (1)")
     parser.add_argument("--kinds", default="rpp,preattention,pregate", help="(all)")
     args = parser.parse_args()
     if args.corpus is None:
@@ -105,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(tiny_moe_path(), dtype=torch.float32).eval()
     model.set_experts_implementation("grouped_mm")
-    samples = gather(model, args.corpus)
+    samples = gather(model, args.corpus, args.share)
     experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     config = RppConfig(model.config.vocab_size, model.config.num_hidden_layers, experts, top_k)
     shared = {"data": DATA, "held_out": 0.06, "log": print}

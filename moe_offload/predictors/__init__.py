@@ -37,6 +37,8 @@ _NAMES = (
 )
 # Trained ones that are looked for beside a model, in its folder's predictors/<name>.
 _TRAINED = ("rpp", "preattention", "pregate")
+# Pre-gates that decide what is executed: changes tokens, so never by a path or by default.
+_LOSSY = "lossy_pregated"
 # What "auto" means: see docs/predictors.md for the measurements behind it.
 AUTO = "none"
 
@@ -48,7 +50,7 @@ def check_predictor(spec: Any) -> None:
         PredictorError: neither a name, nor an existing path, nor a predictor.
     """
     if isinstance(spec, str | os.PathLike):
-        if spec in _NAMES or spec in _TRAINED or Path(spec).exists():
+        if spec in (*_NAMES, *_TRAINED, _LOSSY) or Path(spec).exists():
             return
     elif callable(getattr(spec, "bind", None)) and callable(getattr(spec, "layer_routed", None)):
         return
@@ -91,6 +93,8 @@ def make_predictor(spec: Any, model_folder: str = "") -> Predictor | None:
         from moe_offload.predictors.lookahead import GateLookahead
 
         return GateLookahead(depth=int(str(name).partition("-")[2] or 1))
+    if name == _LOSSY:
+        return _lossy(Path(model_folder, "predictors"))
     from moe_offload.predictors.artefact import load_predictor
 
     if name in _TRAINED and not Path(name).exists():
@@ -103,3 +107,20 @@ def make_predictor(spec: Any, model_folder: str = "") -> Predictor | None:
             )
         return load_predictor(folder)
     return load_predictor(Path(name))
+
+
+def _lossy(folder: Path) -> Predictor:
+    """Gates fine-tuned to be executed where there are such, else those trained to predict."""
+    from moe_offload.predictors.lossy_pregated import LossyPregated
+    from moe_offload.predictors.pregate import PreGate
+
+    gates = next((folder / n for n in (_LOSSY, "pregate") if (folder / n).is_dir()), None)
+    if gates is None:
+        raise PredictorError(
+            f"predictor {_LOSSY!r}: this model has no pre-gates, there is no folder "
+            f"{folder / 'pregate'}. Train some with `moe-offload train-predictor pregate` and put "
+            "them there."
+        )
+    found = make_predictor(str(gates))
+    assert isinstance(found, PreGate)
+    return LossyPregated(found.gates, str(gates))

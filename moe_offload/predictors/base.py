@@ -1,7 +1,8 @@
 """What a predictor is: three moments at which it may speak, and what it says.
 
 A predictor only ever names pages that may be needed. What it says starts copies and never changes
-a result, so it may be wrong, late or silent. It sees a model call in this order:
+a result (but for the one that is called lossy), so it may be wrong, late or silent. It sees a
+model call in this order:
 
     token known          the call's token ids, before anything is computed
       layer input known  for each MoE layer: the input of its decoder layer, before attention
@@ -72,6 +73,7 @@ class Predictor:
         obeyed: every page with a score of at least 1/2 is fetched, in the order of naming, until
             no slot is left: no weighing of chances, and layers that come before the present one
             are those of the next call. For published systems that move pages by a fixed plan.
+        lossy: it changes which experts are executed, so tokens change; see lossy_pregated.py.
         scored: its predictions are guesses about tokens, so their recall is of interest.
         wanted: set by the driver; False during calls of many tokens, whose predictions it does not
             use (a prompt needs nearly every expert and has a path of its own).
@@ -80,6 +82,7 @@ class Predictor:
     name = "predictor"
     horizon = 2
     obeyed = False
+    lossy = False
     scored = True
     wanted = True
 

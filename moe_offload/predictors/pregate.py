@@ -57,7 +57,7 @@ class PreGates(nn.Module):
 
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
         """Input of MoE block `layer` [..., H] -> logits [R, E] float32 of layer + 1."""
-        x = hidden.reshape(-1, hidden.shape[-1]).float()
+        x = hidden.reshape(-1, hidden.shape[-1]).to(self.linear.device).float()
         x = x * (x.square().mean(-1, keepdim=True) + INPUT_EPS).rsqrt()
         inner = F.silu(F.linear(x, self.up[layer], self.up_bias[layer]))
         return F.linear(x, self.linear[layer], self.bias[layer]) + F.linear(inner, self.down[layer])
@@ -104,13 +104,13 @@ class PreGate(Predictor):
         if hidden is None:
             return ()
         with torch.no_grad():
-            return self._named(layer, self.gates(layer, hidden).numpy(), topk_ids)
+            return self._named(layer, self.gates(layer, hidden), topk_ids)
 
-    def _named(self, layer: int, logits: np.ndarray, topk_ids: Tensor) -> Predictions:
+    def _named(self, layer: int, logits: Tensor, topk_ids: Tensor) -> Predictions:
         top_k = topk_ids.shape[1]
         everybody = top_k >= logits.shape[1]
-        scores = np.ones_like(logits) if everybody else margins(logits, top_k)
-        muted = (topk_ids >= self.gates.shape.num_experts).all(-1).numpy()
+        scores = np.ones(logits.shape, np.float32) if everybody else margins(logits.numpy(), top_k)
+        muted = (topk_ids >= self.gates.shape.num_experts).all(-1).cpu().numpy()
         scores[muted] = 0.0  # finished sequences and padding use nobody
         return [Prediction(layer + 1, scores)]
 
