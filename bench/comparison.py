@@ -74,7 +74,8 @@ class Comparison:
         limit_bytes: memory each contender may use.
         commands: `{contender: arguments of contenders.py}`.
         isolation: how equal memory was enforced, in words.
-        loads, turns, memory: answers of each contender; turns in order of rounds.
+        loads, turns: answers of each contender; turns in order of rounds.
+        memory_at_first, memory: what each held after the first round and at the end.
         roofs: per round, what the disk and the memory did.
     """
 
@@ -84,6 +85,7 @@ class Comparison:
     isolation: str = ""
     loads: dict[str, Row] = field(default_factory=dict)
     turns: dict[str, list[Row]] = field(default_factory=dict)
+    memory_at_first: dict[str, Row] = field(default_factory=dict)
     memory: dict[str, Row] = field(default_factory=dict)
     roofs: list[Row] = field(default_factory=list)
 
@@ -131,7 +133,9 @@ class Comparison:
                                 "memory_gb_per_s": memory_read(memory_bytes),
                             }
                         )
-            self.memory = {name: worker.call("memory") for name, worker in workers.items()}
+                if number == 0:
+                    self.memory_at_first = _memory(workers)
+            self.memory = _memory(workers)
         finally:
             _progress("")
             for worker in workers.values():
@@ -175,6 +179,10 @@ class Comparison:
         drop_page_cache(files_under(checkpoint))
         for group in groups.values():
             group.limit(self.limit_bytes)
+
+
+def _memory(workers: Mapping[str, Worker]) -> dict[str, Row]:
+    return {name: worker.call("memory") for name, worker in workers.items()}
 
 
 def _progress(text: str) -> None:

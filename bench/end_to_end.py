@@ -42,9 +42,10 @@ NUM_CORES = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to run. A round is one prompt; round 0 warms up and does not count."""
+    """How much to run. A round is one prompt; round 0, a short one, warms up and does not count."""
 
     spec: Spec
+    first_prompt_tokens: int
     prompt_tokens: int
     rounds: int
     new_tokens: int
@@ -54,8 +55,8 @@ class Plan:
     memory_bytes: int  # read per memory roof sample
 
 
-STANDARD = Plan(Spec(), 512, 9, 12, 15, 24, 0.1, 1 << 29)
-QUICK = Plan(checkpoints.QUICK, 12, 2, 4, 2, 4, 0.005, 1 << 22)
+STANDARD = Plan(Spec(), 32, 512, 9, 12, 15, 24, 0.1, 1 << 29)
+QUICK = Plan(checkpoints.QUICK, 6, 12, 2, 4, 2, 4, 0.005, 1 << 22)
 
 
 def run(
@@ -65,8 +66,11 @@ def run(
     spec = plan.spec
     rng = random.Random(0)
     prompts = [
-        [rng.randrange(spec.vocab) for _ in range(plan.prompt_tokens)]
-        for _ in range(max(plan.rounds, plan.resident_rounds))
+        [
+            rng.randrange(spec.vocab)
+            for _ in range(plan.prompt_tokens if number else plan.first_prompt_tokens)
+        ]
+        for number in range(max(plan.rounds, plan.resident_rounds))
     ]
     quarter = Comparison(
         "25%",

@@ -142,7 +142,8 @@ def check_targets(
     rate = {name: row["decode_tokens_per_s"]["median"] for name, row in rows.items()}
     bytes_ratio = rows[ACCELERATE]["disk_mb_per_token"] / rows[PAGED]["disk_mb_per_token"]
     note = f"identical tokens; it reads {bytes_ratio:.1f} x the bytes"
-    target("decode, 25%: x accelerate", rate[PAGED] / rate[ACCELERATE], 10, False, note)
+    for wanted in (5, 10):
+        target("decode, 25%: x accelerate", rate[PAGED] / rate[ACCELERATE], wanted, False, note)
     row = rows[PAGED]
     beyond = row["decode_ms_per_token"] / row["bound_ms_per_token"]
     note = f"{row['decode_ms_per_token']:.0f} ms of at least {row['bound_ms_per_token']:.0f}"
@@ -179,15 +180,28 @@ def check_targets(
         note = f"p10 {ratios['p10']:.3f}, p90 {ratios['p90']:.3f}"
         target(f"{phase}, 100%: x resident", ratios["median"], 1.0, False, note)
 
-    # VmHWM less the weights it may hold. Python, torch and transformers are inside the 400 MB.
+    # VmHWM less the weights it may hold. Python, torch and transformers are inside the 400 MB, and
+    # so are a long prompt's activations and KV cache, which is why there are two rows; the note
+    # says what plain transformers holds beyond its weights after the same prompts.
     for comparison, name, budget in (
         (quarter, PAGED, spec.expert_bytes // 4),
         (whole, FULL, spec.expert_bytes),
     ):
-        beyond = comparison.memory[name]["peak"] - spec.dense_bytes - budget
         imports = comparison.loads[name]["imports_memory_bytes"]["now"] / 1e6
-        note = f"{imports:.0f} MB of it are Python, torch and transformers before loading"
-        target(f"{comparison.budget}: peak RSS beyond weights, MB", beyond / 1e6, 400, True, note)
+        for when, memory, resident in (
+            ("a short prompt", comparison.memory_at_first, whole.memory_at_first),
+            ("long prompts", comparison.memory, whole.memory),
+        ):
+            beyond = memory[name]["peak"] - spec.dense_bytes - budget
+            plain = resident[RESIDENT]["peak"] - spec.dense_bytes - spec.expert_bytes
+            note = f"{imports:.0f} before loading; transformers resident: {plain / 1e6:.0f}"
+            target(
+                f"{comparison.budget}: peak RSS beyond weights, MB, after {when}",
+                beyond / 1e6,
+                400,
+                True,
+                note,
+            )
 
     # Bytes the kernel read while loading from a cold page cache.
     load = quarter.loads[PAGED]
