@@ -38,6 +38,9 @@ from report import (
 )
 
 NUM_CORES = 2
+# Plain transformers does not survive 512-token prompts within its weights + 400 MB, and where all
+# weights fit, the limit decides nothing.
+WHOLE_ALLOWANCE_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def run(
     )
     whole = Comparison(
         "100%",
-        spec.dense_bytes + spec.expert_bytes + ALLOWANCE_BYTES,
+        spec.dense_bytes + spec.expert_bytes + WHOLE_ALLOWANCE_BYTES,
         {
             FULL: [checkpoint, "--budget", "100%"],
             RESIDENT: [checkpoint],
