@@ -345,7 +345,7 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init(&make_pager), py::kw_only(), "source"_a, "num_experts"_a, "layer_names"_a,
              "slots"_a, "num_slots"_a, "slot_stride"_a, "policy"_a = "lru",
              "kept"_a = std::vector<std::pair<int32_t, int32_t>>{}, "admit_limit"_a = 0,
-             "io_engine"_a = "auto", "num_threads"_a = 4, "queue_depth"_a = 8,
+             "io_engine"_a = "auto", "num_threads"_a = 4, "queue_depth"_a = 4,
              "chunk_bytes"_a = 1 << 20, "wait_timeout_s"_a = 120.0, "cuda"_a = nullptr,
              "page_bytes"_a = 0, "copy_chunk_bytes"_a = 8 << 20, "host_bytes"_a = 0,
              "pin_in_background"_a = true)

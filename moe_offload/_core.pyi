@@ -98,7 +98,7 @@ class Pager:
         admit_limit: int = 0,
         io_engine: str = "auto",
         num_threads: int = 4,
-        queue_depth: int = 8,
+        queue_depth: int = 4,
         chunk_bytes: int = ...,
         wait_timeout_s: float = 120.0,
         cuda: CudaDevice | None = None,

@@ -128,7 +128,7 @@ class OffloadConfig:
     fill: bool | Literal["auto"] = "auto"
     io_engine: Literal["auto", "io_uring", "threads"] = "auto"
     io_threads: int = 4
-    io_depth: int = 8
+    io_depth: int = 4
     chunk_bytes: int = 1 << 20
     direct_io: bool = True
     wait_timeout_s: float = 120.0

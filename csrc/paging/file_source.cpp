@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "stream_copy.h"
+
 namespace moe_offload {
 namespace {
 
@@ -197,7 +199,7 @@ void FileRead::advance(uint64_t n) {
 
 uint64_t FileSource::finish(const Chunk& chunk, const FileRead& read) const {
     const File& file = files_[chunk.origin];
-    for (const FileRead::Copy& copy : read.copies) std::memcpy(copy.to, copy.from, copy.nbytes);
+    for (const FileRead::Copy& copy : read.copies) stream_copy(copy.to, copy.from, copy.nbytes);
     check_unchanged(file);
     return read.offset - (file.direct ? round_down(chunk.offset) : chunk.offset);
 }

@@ -12,7 +12,7 @@ namespace moe_offload {
 struct CopyEngineOptions {
     std::string kind = "auto";  // "auto", "io_uring" or "threads"
     int num_threads = 4;        // of the thread pool
-    int queue_depth = 8;        // reads in flight of io_uring
+    int queue_depth = 4;        // reads in flight of io_uring
     size_t chunk_bytes = size_t{1} << 20;
 };
 

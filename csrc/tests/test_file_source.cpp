@@ -6,6 +6,7 @@
 #include "check.h"
 #include "paging/errors.h"
 #include "paging/file_source.h"
+#include "paging/stream_copy.h"
 #include "temporary_directory.h"
 
 using namespace moe_offload;
@@ -173,6 +174,20 @@ void missing_truncated_changed_and_deleted_files() {
     }
 }
 
+void streaming_copies_every_byte_and_no_other() {
+    const auto from = random_bytes(20'000, 5);
+    for (size_t begin = 0; begin < 70; ++begin)
+        for (const size_t nbytes : {size_t{0}, size_t{4095}, size_t{4096}, 8000 + 7 * begin}) {
+            std::vector<char> to(12'000, 'x'), expected = to;
+            const size_t place = 69 - begin;
+            stream_copy(reinterpret_cast<std::byte*>(to.data()) + place,
+                        reinterpret_cast<const std::byte*>(from.data()) + begin, nbytes);
+            std::copy_n(from.begin() + std::ptrdiff_t(begin), nbytes,
+                        expected.begin() + std::ptrdiff_t(place));
+            CHECK(to == expected);
+        }
+}
+
 void io_mode_says_how_files_are_read() {
     const TemporaryDirectory directory;
     write_file(directory.path / "f", random_bytes(10, 7));
@@ -189,5 +204,6 @@ int main() {
     RUN(aligned_blocks_skip_the_bounce_buffer);
     RUN(many_small_pieces_fit_one_read);
     RUN(missing_truncated_changed_and_deleted_files);
+    RUN(streaming_copies_every_byte_and_no_other);
     RUN(io_mode_says_how_files_are_read);
 }
