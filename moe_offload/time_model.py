@@ -39,6 +39,11 @@ class TimeModel:
         disk_share: share of missing pages that come from the disk, 0 to 1.
         flops_per_token_expert: FLOPs of one token in one expert; 0 leaves compute memory bound.
         flops_per_s: arithmetic rate.
+        swap_back: each page that comes first sends the one it replaces back to the host, over the
+            same link, two copies in a row; filling the empty cache counts alike. That is what the
+            baselines called Cache-MoE do (mixtral-offloading swaps storages, ExpertFlow's
+            baseline class copies both ways). Pages never change, so it buys nothing: this package
+            has no such mode live, and a comparison with those systems has to name it.
     """
 
     page_bytes: float
@@ -49,6 +54,7 @@ class TimeModel:
     disk_share: float = 0.0
     flops_per_token_expert: float = 0.0
     flops_per_s: float = float("inf")
+    swap_back: bool = False
 
     def __post_init__(self) -> None:
         for name in ("page_bytes", "link_bytes_per_s", "memory_bytes_per_s", "disk_bytes_per_s"):
@@ -60,10 +66,18 @@ class TimeModel:
                 f"{self.disk_share} and {self.other_s}"
             )
 
+    @property
+    def _copies_per_page(self) -> int:
+        return 2 if self.swap_back else 1
+
+    def bytes_per_token(self, result: ReplayResult) -> float:
+        """Bytes over the link per token, in both directions, prefetched pages included."""
+        return self._copies_per_page * result.copies_per_token * self.page_bytes
+
     def copy_s(self, pages: NDArray[Any]) -> NDArray[Any]:
         """Seconds of link (or disk, whichever is slower) for so many pages."""
         per_page = max(
-            self.page_bytes / self.link_bytes_per_s,
+            self._copies_per_page * self.page_bytes / self.link_bytes_per_s,
             self.disk_share * self.page_bytes / self.disk_bytes_per_s,
         )
         return pages * per_page

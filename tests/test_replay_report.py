@@ -26,6 +26,21 @@ def test_seconds_are_the_formula():
     assert ROUND.tokens_per_second(result, 2) == pytest.approx(3 / 0.334)
 
 
+def test_swapping_back_copies_twice_and_changes_nothing_else():
+    log = replay.EventList()
+    log.add(replay.REQUEST, 0, [0, 1], count=1)  # two misses: 0.4 s of copies
+    log.add(replay.REQUEST, 0, [0, 1], count=1)
+    log.add(replay.REQUEST, 0, [1, 2], count=1)  # one more: 0.2 s
+    result = result_of(log.events())
+    swapping = TimeModel(1000, 1e4, 1e6, 0.01, swap_back=True)
+    assert swapping.seconds(result, 2) == pytest.approx(0.03 + 0.401 + 0.002 + 0.201)
+    assert ROUND.bytes_per_token(result) == pytest.approx(1000)  # three pages, three tokens
+    assert swapping.bytes_per_token(result) == pytest.approx(2000)
+    # The disk, when slower, is read once all the same: nothing is written to it.
+    disk = TimeModel(1000, 1e9, 1e6, disk_bytes_per_s=1e3, disk_share=1.0, swap_back=True)
+    assert disk.copy_s(np.array([3])) == pytest.approx(3.0)
+
+
 def test_prefetches_are_free_only_while_the_link_is_idle():
     def run(prefetched):
         log = replay.EventList()
