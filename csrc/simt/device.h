@@ -46,6 +46,29 @@ SIMT_FUNCTION float to_float(f16 value) {
     return out;
 }
 
+// a * b + c of both halves, rounded once; subnormals count. sm_80 has no plain bf16 product.
+template <class T>
+SIMT_FUNCTION uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+template <>
+SIMT_FUNCTION uint32_t fma2<bf16>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+template <>
+SIMT_FUNCTION uint32_t fma2<f16>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+// Four of the eight bytes of (high, low), chosen by the four lower nibbles, each 0 to 7.
+SIMT_FUNCTION uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t choice) {
+    uint32_t out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(choice));
+    return out;
+}
+
 SIMT_FUNCTION float fast_exp(float x) { return __expf(x); }
 // Off by one unit in the last place; 0 for infinity.
 SIMT_FUNCTION float reciprocal(float x) {
@@ -122,6 +145,22 @@ SIMT_FUNCTION U4 load16(const void* pointer) {
                      : "l"(pointer)
                      : "memory");
     }
+    return v;
+}
+// Small read-only loads of what several warps read: kept in L1.
+SIMT_FUNCTION uint32_t load4(const void* pointer) {
+    uint32_t v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(pointer));
+    return v;
+}
+SIMT_FUNCTION uint32_t load2(const void* pointer) {
+    uint16_t v;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(pointer));
+    return v;
+}
+SIMT_FUNCTION uint32_t load1(const void* pointer) {
+    uint32_t v;
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(pointer));
     return v;
 }
 SIMT_FUNCTION void store16(void* pointer, U4 v) {

@@ -138,6 +138,27 @@ inline f16 from_float<f16>(float value) {
 inline float to_float(bf16 value) { return detail::widen_bf16(value.bits); }
 inline float to_float(f16 value) { return detail::widen_f16(value.bits); }
 
+// Exact up to one rounding for products (c of minus zero) and for results that need none.
+template <class T>
+uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        auto half = [&](uint32_t v) { return double(to_float(T{uint16_t(v >> shift)})); };
+        const float sum = float(half(a) * half(b) + half(c));
+        out |= uint32_t(from_float<T>(sum).bits) << shift;
+    }
+    return out;
+}
+
+inline uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t choice) {
+    if (choice & 0x8888) detail::fail("byte_permute: a choice above 7 repeats a sign");
+    const uint64_t bytes = (uint64_t(high) << 32) | low;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i)
+        out |= (uint32_t(bytes >> (choice >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
+    return out;
+}
+
 inline float fast_exp(float x) { return std::exp(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 
@@ -171,6 +192,19 @@ U4 load16(const void* pointer) {
     std::memcpy(&v, pointer, 16);
     return v;
 }
+inline uint32_t load4(const void* pointer) {
+    detail::check_aligned("load4", pointer, 4);
+    uint32_t v;
+    std::memcpy(&v, pointer, 4);
+    return v;
+}
+inline uint32_t load2(const void* pointer) {
+    detail::check_aligned("load2", pointer, 2);
+    uint16_t v;
+    std::memcpy(&v, pointer, 2);
+    return v;
+}
+inline uint32_t load1(const void* pointer) { return *static_cast<const unsigned char*>(pointer); }
 inline void store16(void* pointer, U4 v) {
     detail::check_aligned("store16", pointer, 16);
     std::memcpy(pointer, &v, 16);

@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "expert_gemm/cuda/params.h"
+#include "quantised_section.h"
 #include "simt/simt.h"
 
 namespace expert_case {
@@ -20,6 +21,7 @@ namespace expert_case {
 using moe_offload::Group;
 using moe_offload::cuda::Activation;
 using moe_offload::cuda::ExpertParams;
+using moe_offload::cuda::WeightFormat;
 
 struct Shape {
     const char* name;
@@ -28,6 +30,8 @@ struct Shape {
     Activation activation = Activation::silu;
     // Which experts a route may choose, by route and a random number; empty: any.
     std::function<int(int route, uint64_t random)> choose = {};
+    WeightFormat format = WeightFormat::plain;
+    int log2_group = 5;  // of int4_group
 };
 
 inline float quiet_nan() { return std::nanf(""); }
@@ -88,33 +92,42 @@ struct Case {
         std::shuffle(order.begin(), order.end(), random);
         slot_of.assign(order.begin(), order.begin() + s.experts);
         const int up_rows = (s.gated ? 2 : 1) * s.inner;
-        auto align = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
         auto& pages = params.pages;
-        pages.up_offset = 0;
-        int64_t end = int64_t(up_rows) * s.hidden * 2;
-        pages.down_offset = align(end);
-        end = pages.down_offset + int64_t(s.hidden) * s.inner * 2;
-        pages.up_bias_offset = pages.down_bias_offset = -1;
-        if (s.bias) {
-            pages.up_bias_offset = align(end);
-            pages.down_bias_offset = align(pages.up_bias_offset + up_rows * 2);
-            end = pages.down_bias_offset + s.hidden * 2;
-        }
-        pages.slot_stride = align(end);
+        pages.format = s.format;
+        pages.log2_group = s.log2_group;
+        const QuantisedMatrix up = matrix(true), down = matrix(false);
+        int64_t end = 0;
+        auto section = [&](int64_t bytes) {
+            const int64_t start = (end + 255) / 256 * 256;
+            end = start + bytes;
+            return start;
+        };
+        pages.up_offset = section(up.code_bytes());
+        pages.down_offset = section(down.code_bytes());
+        pages.up_bias_offset = s.bias ? section(up_rows * 2) : -1;
+        pages.down_bias_offset = s.bias ? section(s.hidden * 2) : -1;
+        pages.up_scale_offset = section(up.scale_bytes());
+        pages.down_scale_offset = section(down.scale_bytes());
+        pages.slot_stride = (end + 255) / 256 * 256;
         slab.assign((num_slots - 1) * pages.slot_stride + end, 0xff);
         for (int e = 0; e < s.experts; ++e) {
             unsigned char* page = slab.data() + slot_of[e] * pages.slot_stride;
-            auto section = [&](int64_t offset, size_t count, float scale) {
+            auto normal_section = [&](int64_t offset, size_t count, float scale) {
                 if (offset < 0) return;
                 std::vector<T> v;
                 fill(v, count, scale);
                 std::memcpy(page + offset, v.data(), count * 2);
             };
-            section(0, size_t(up_rows) * s.hidden, 1.0f / std::sqrt(float(s.hidden)));
-            section(pages.down_offset, size_t(s.hidden) * s.inner,
-                    1.0f / std::sqrt(float(s.inner)));
-            section(pages.up_bias_offset, up_rows, 0.5f);
-            section(pages.down_bias_offset, s.hidden, 0.5f);
+            if (s.format == WeightFormat::plain) {
+                normal_section(0, size_t(up_rows) * s.hidden, 1.0f / std::sqrt(float(s.hidden)));
+                normal_section(pages.down_offset, size_t(s.hidden) * s.inner,
+                               1.0f / std::sqrt(float(s.inner)));
+            } else {
+                up.fill(page + pages.up_offset, page + pages.up_scale_offset, random);
+                down.fill(page + pages.down_offset, page + pages.down_scale_offset, random);
+            }
+            normal_section(pages.up_bias_offset, up_rows, 0.5f);
+            normal_section(pages.down_bias_offset, s.hidden, 0.5f);
         }
         pages.slab = slab.data();
         pages.page_table = nullptr;
@@ -154,6 +167,12 @@ struct Case {
         params.out = out.data();
     }
 
+    QuantisedMatrix matrix(bool up) const {
+        const int up_rows = (shape.gated ? 2 : 1) * shape.inner;
+        return {shape.format, std::is_same_v<T, simt::bf16>, up ? up_rows : shape.hidden,
+                up ? shape.hidden : shape.inner, 1 << shape.log2_group};
+    }
+
     static double act(Activation kind, double v) {
         switch (kind) {
             case Activation::silu:
@@ -180,19 +199,27 @@ struct Case {
             if (ids[route] < 0) continue;
             const unsigned char* page =
                 slab.data() + slot_of[ids[route]] * params.pages.slot_stride;
-            auto weight = [&](int64_t offset, size_t index) {
+            auto bias = [&](int64_t offset, int row) {
+                if (offset < 0) return 0.0;
                 T value;
-                std::memcpy(&value, page + offset + index * 2, 2);
+                std::memcpy(&value, page + offset + row * 2, 2);
                 return double(simt::to_float(value));
             };
-            auto bias = [&](int64_t offset, int row) {
-                return offset < 0 ? 0 : weight(offset, row);
+            const auto& pages = params.pages;
+            const QuantisedMatrix up_matrix = matrix(true), down_matrix = matrix(false);
+            auto up_weight = [&](int row, int k) {
+                return up_matrix.weight(page + pages.up_offset, page + pages.up_scale_offset, row,
+                                        k);
+            };
+            auto down_weight = [&](int row, int k) {
+                return down_matrix.weight(page + pages.down_offset, page + pages.down_scale_offset,
+                                          row, k);
             };
             const T* token = x.data() + size_t(route / s.top_k) * s.hidden;
             auto up_row = [&](int row) {
                 double sum = bias(params.pages.up_bias_offset, row);
                 for (int k = 0; k < s.hidden; ++k)
-                    sum += weight(0, size_t(row) * s.hidden + k) * simt::to_float(token[k]);
+                    sum += up_weight(row, k) * simt::to_float(token[k]);
                 return sum;
             };
             std::vector<double> h(s.inner);
@@ -216,8 +243,7 @@ struct Case {
             for (int n = 0; n < s.hidden; ++n) {
                 double sum = bias(params.pages.down_bias_offset, n), size = std::abs(sum);
                 for (int f = 0; f < s.inner; ++f) {
-                    const double term =
-                        weight(params.pages.down_offset, size_t(n) * s.inner + f) * h[f];
+                    const double term = down_weight(n, f) * h[f];
                     sum += term;
                     size += std::abs(term);
                 }

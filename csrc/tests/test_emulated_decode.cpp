@@ -15,23 +15,25 @@ using simt::f16;
 template <class T, int kTokenGroups>
 void run_up(const ExpertParams& p, int warps, uint64_t seed) {
     const size_t shared = decode_shared_bytes(warps, kTokenGroups);
-    simt::launch({.grid_x = decode_feature_tiles(p, false),
-                  .grid_y = std::max(1, p.max_groups),
-                  .threads = 32 * warps,
-                  .shared_bytes = shared,
-                  .seed = seed},
-                 [&](unsigned char* s) { decode_up<T, kTokenGroups>(p, warps, s); });
+    simt::launch(
+        {.grid_x = decode_feature_tiles(p, false),
+         .grid_y = std::max(1, p.max_groups),
+         .threads = 32 * warps,
+         .shared_bytes = shared,
+         .seed = seed},
+        [&](unsigned char* s) { decode_up<T, PlainWeights<T>, kTokenGroups>(p, warps, s); });
 }
 
 template <class T, int kTokenGroups>
 void run_down(const ExpertParams& p, int warps, uint64_t seed) {
     const size_t shared = decode_shared_bytes(warps, kTokenGroups);
-    simt::launch({.grid_x = decode_feature_tiles(p, true),
-                  .grid_y = std::max(1, p.max_groups),
-                  .threads = 32 * warps,
-                  .shared_bytes = shared,
-                  .seed = seed},
-                 [&](unsigned char* s) { decode_down<T, kTokenGroups>(p, warps, s); });
+    simt::launch(
+        {.grid_x = decode_feature_tiles(p, true),
+         .grid_y = std::max(1, p.max_groups),
+         .threads = 32 * warps,
+         .shared_bytes = shared,
+         .seed = seed},
+        [&](unsigned char* s) { decode_down<T, PlainWeights<T>, kTokenGroups>(p, warps, s); });
 }
 
 template <class T, int kTokenGroups>

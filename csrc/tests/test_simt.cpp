@@ -43,6 +43,37 @@ void conversions_round_to_nearest_even() {
     CHECK(std::isnan(simt::to_float(simt::from_float<T>(NAN))));
 }
 
+// Products of pairs round once, also to subnormals, and infinity times zero is NaN.
+template <class T>
+void pairs_multiply_and_add() {
+    const uint32_t minus_zeros = 0x80008000u;
+    std::mt19937_64 random(4);
+    for (int i = 0; i < 200'000; ++i) {
+        const uint32_t a = uint32_t(random()), b = uint32_t(random());
+        const uint32_t got = simt::fma2<T>(a, b, minus_zeros);
+        for (int shift : {0, 16}) {
+            const float x = simt::to_float(T{uint16_t(a >> shift)});
+            const float y = simt::to_float(T{uint16_t(b >> shift)});
+            const float want = simt::to_float(simt::from_float<T>(x * y));
+            const float value = simt::to_float(T{uint16_t(got >> shift)});
+            if (std::isnan(want))
+                CHECK(std::isnan(value));
+            else
+                CHECK_EQ(value, want);
+        }
+    }
+    const uint32_t one = simt::pack<T>(1.0f, 1.0f), some = simt::pack<T>(2.5f, -3.0f);
+    CHECK_EQ(simt::fma2<T>(some, one, simt::pack<T>(-2.0f, 1.0f)), simt::pack<T>(0.5f, -2.0f));
+    const uint32_t infinite = simt::pack<T>(INFINITY, -INFINITY);
+    CHECK(std::isnan(simt::unpack_low<T>(simt::fma2<T>(infinite, 0, some))));
+}
+
+void bytes_are_permuted() {
+    CHECK_EQ(simt::byte_permute(0x33221100u, 0x77665544u, 0x7531), 0x77553311u);
+    CHECK_EQ(simt::byte_permute(0x33221100u, 0x77665544u, 0xabcd2222),
+             0x22222222u);  // four nibbles count
+}
+
 // D = A [16, 16] x B [16, 8], through ldmatrix and mma, with B given as [n][k] or as [k][n].
 template <class T>
 void matrix_product_matches(bool b_transposed) {
@@ -177,6 +208,10 @@ void mistakes_are_errors_and_leave_it_usable() {
                  simt::launch(two_warps, [](unsigned char* raw) {
                      simt::load16<simt::Keep::normal>(raw + 8);
                  }));
+    CHECK_THROWS(Error, "load4: address is not a multiple of 4",
+                 simt::launch(two_warps, [](unsigned char* raw) { simt::load4(raw + 2); }));
+    CHECK_THROWS(Error, "a choice above 7",
+                 simt::launch(two_warps, [](auto*) { simt::byte_permute(0, 0, 0x0080); }));
     CHECK_THROWS(Error, "32 to 1024 threads", simt::launch({.threads = 40}, [](auto*) {}));
     CHECK_THROWS(Error, "for inside launch", simt::thread_id());
     CHECK_THROWS(std::runtime_error, "mine",
@@ -199,6 +234,9 @@ void shared_memory_starts_as_nan_in_every_block() {
 int main() {
     RUN(conversions_round_to_nearest_even<bf16>);
     RUN(conversions_round_to_nearest_even<f16>);
+    RUN(pairs_multiply_and_add<bf16>);
+    RUN(pairs_multiply_and_add<f16>);
+    RUN(bytes_are_permuted);
     RUN(fragments_match_a_plain_matrix_product);
     RUN(warp_words_see_the_whole_warp);
     RUN(copies_land_when_waited_for);

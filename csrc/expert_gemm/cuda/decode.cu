@@ -1,64 +1,16 @@
-// The decode kernels of decode.h as CUDA entry points, and their launcher.
-#include "expert_gemm/cuda/decode.h"
-
-#include "expert_gemm/cuda/check.cuh"
-#include "expert_gemm/cuda/launch.h"
+// Decode on plain weights, and the entry of all decode launches.
+#include "expert_gemm/cuda/decode_launch.cuh"
 
 namespace moe_offload::cuda {
-namespace {
-
-extern __shared__ __align__(16) unsigned char shared_memory[];
-
-// Two blocks of 256 threads per SM need at most 128 registers; four token groups need more, and
-// one block of them still has 48 KiB in flight.
-constexpr int min_blocks(int token_groups) { return token_groups <= 2 ? 2 : 1; }
-
-template <class T, int kTokenGroups>
-__global__ void __launch_bounds__(32 * kDecodeMaxWarps, min_blocks(kTokenGroups))
-    decode_up_kernel(const __grid_constant__ ExpertParams params) {
-    decode_up<T, kTokenGroups>(params, int(blockDim.x) / 32, shared_memory);
-}
-
-template <class T, int kTokenGroups>
-__global__ void __launch_bounds__(32 * kDecodeMaxWarps, min_blocks(kTokenGroups))
-    decode_down_kernel(const __grid_constant__ ExpertParams params) {
-    decode_down<T, kTokenGroups>(params, int(blockDim.x) / 32, shared_memory);
-}
-
-template <class T, int kTokenGroups>
-void launch(const ExpertParams& p, const DecodeVariant& v, bool dependent, Stream stream) {
-    // With no group there still is a block per feature tile of down: it writes zeros.
-    const unsigned groups = p.max_groups > 0 ? unsigned(p.max_groups) : 1u;
-    const size_t up_shared = decode_shared_bytes(v.up_warps, kTokenGroups);
-    const size_t down_shared = decode_shared_bytes(v.down_warps, kTokenGroups);
-    allow_shared(decode_up_kernel<T, kTokenGroups>, up_shared, "decode_up", p);
-    allow_shared(decode_down_kernel<T, kTokenGroups>, down_shared, "decode_down", p);
-    start(decode_up_kernel<T, kTokenGroups>, dim3(decode_feature_tiles(p, false), groups),
-          32 * v.up_warps, up_shared, false, stream, "decode_up", p);
-    start(decode_down_kernel<T, kTokenGroups>, dim3(decode_feature_tiles(p, true), groups),
-          32 * v.down_warps, down_shared, dependent, stream, "decode_down", p);
-}
-
-template <class T>
-void launch(const ExpertParams& p, const DecodeVariant& v, bool dependent, Stream stream) {
-    switch (v.token_groups) {
-        case 1:
-            return launch<T, 1>(p, v, dependent, stream);
-        case 2:
-            return launch<T, 2>(p, v, dependent, stream);
-        default:
-            return launch<T, 4>(p, v, dependent, stream);
-    }
-}
-
-}  // namespace
 
 void launch_decode(const ExpertParams& p, const DecodeVariant& v, bool dependent, Stream stream) {
     if (p.num_tokens == 0) return;
-    if (p.dtype == DType::bf16)
-        launch<simt::bf16>(p, v, dependent, stream);
+    if (p.pages.format != WeightFormat::plain)
+        launch_decode_quantised(p, v, dependent, stream);
+    else if (p.dtype == DType::bf16)
+        launch_groups<simt::bf16, PlainWeights<simt::bf16>>(p, v, dependent, stream);
     else
-        launch<simt::f16>(p, v, dependent, stream);
+        launch_groups<simt::f16, PlainWeights<simt::f16>>(p, v, dependent, stream);
 }
 
 }  // namespace moe_offload::cuda

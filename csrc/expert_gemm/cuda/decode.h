@@ -13,9 +13,13 @@
 // the tokens are loaded the same way. Worked example: in the first issue the instruction's k = 2
 // (t = 1, first register) is really k = 8, and its k = 10 (second register) is k = 10.
 //
-// In flight: a step is 32 k of 32 rows, 2 KiB per warp, and two or three steps are in registers.
-// With 128 registers 16 warps fit an SM: 64 to 96 KiB in flight, where 33 KiB saturate an H200
-// (4.3 TB/s x 1 us / 132).
+// Quantised weights are loaded the same way, so a lane's 16 bytes are k = 16t ... of a step of 64
+// (fp8) or 32t ... of a step of 128 (4 bits); eight at a time they become such operands in
+// registers (weight_formats.h) and meet the eight values of their token.
+//
+// In flight: a step is 16 bytes per lane of 32 rows, 2 KiB per warp, and two or three steps are in
+// registers. With 128 registers 16 warps fit an SM: 64 to 96 KiB in flight, where 33 KiB saturate
+// an H200 (4.3 TB/s x 1 us / 132).
 //
 // Two launches. decode_up: gate, up, activation, rounded once to `inner`. decode_down: down, float
 // rows to `partial`; the last block of a feature tile to finish sums each token's rows in rank
@@ -27,17 +31,28 @@
 #include "expert_gemm/cuda/activation.h"
 #include "expert_gemm/cuda/combine.h"
 #include "expert_gemm/cuda/params.h"
+#include "expert_gemm/cuda/weight_formats.h"
 #include "simt/simt.h"
 
 namespace moe_offload::cuda {
 
 constexpr int kDecodeRows = 32;     // weight rows of a block's tile, in two blocks of 16
-constexpr int kDecodeStepK = 32;    // k of one step of one warp
 constexpr int kDecodeMaxWarps = 8;  // they share K
 
-// Steps in registers. Two token groups spill with three at 128 registers per thread; four do not
-// fit 128 at all and run with one block of eight warps per SM.
-TILE_FUNCTION constexpr int decode_depth(int token_groups) { return token_groups == 2 ? 2 : 3; }
+// k of one step of one warp: four lanes' 16 bytes of a row.
+TILE_FUNCTION constexpr int decode_step_k(int bits) { return 4 * 128 / bits; }
+
+// Steps of weights in registers. Two token groups spill with three at 128 registers per thread, and
+// so does one with quantised weights, which are unpacked beside them; four do not fit 128 at all
+// and run with one block of eight warps per SM.
+TILE_FUNCTION constexpr int decode_depth(int token_groups, int bits) {
+    return token_groups == 2 || (token_groups == 1 && bits < 16) ? 2 : 3;
+}
+
+// Eights of k whose token values are in registers; divides the eights of decode_depth steps.
+TILE_FUNCTION constexpr int decode_token_slots(int token_groups, int bits) {
+    return bits < 16 ? 2 : decode_depth(token_groups, bits);
+}
 
 TILE_FUNCTION size_t decode_shared_bytes(int num_warps, int token_groups) {
     return size_t(num_warps) * token_groups * 8 * 32 * sizeof(float);
@@ -49,73 +64,113 @@ TILE_FUNCTION int decode_feature_tiles(const ExpertParams& p, bool down) {
 }
 
 // One warp's steps of the product of 32 weight rows and 8 kTokenGroups tokens.
-template <class T, int kTokenGroups>
+template <class T, class Format, int kTokenGroups>
 class DecodeWarp {
   public:
     // `rows` are this lane's weight rows: g and g + 8 of the first 16, g and g + 8 of the second.
-    SIMT_FUNCTION DecodeWarp(const T* const (&rows)[4], int k_size, int warp, int num_warps)
-        : k_size_(k_size), stride_(num_warps * kDecodeStepK), first_(warp * kDecodeStepK) {
-        const int t8 = simt::lane_id() % 4 * 8;
-        SIMT_UNROLL for (int i = 0; i < 4; ++i) rows_[i] = rows[i] + t8;
+    SIMT_FUNCTION DecodeWarp(const WeightMatrix& matrix, const int (&rows)[4], int warp,
+                             int num_warps)
+        : matrix_(matrix), stride_(num_warps * kStepK), first_(warp * kStepK) {
+        SIMT_UNROLL for (int i = 0; i < 4; ++i) rows_[i] =
+            matrix.codes + int64_t(rows[i]) * (matrix.k_size / 8 * Format::kBits);
+        SIMT_UNROLL for (int i = 0; i < kScales; ++i) scale_rows_[i] =
+            Format::scale_row(matrix, rows[i * 4 / kScales]);
         SIMT_UNROLL for (int d = 0; d < kDepth; ++d) load_weights(steps_[d], first_ + d * stride_);
     }
 
     // tokens[j]: this lane's token of group j (column g), its row in x or inner.
     SIMT_FUNCTION void multiply(const T* const (&tokens)[kTokenGroups],
                                 float (&acc)[2][kTokenGroups][4]) {
-        SIMT_UNROLL for (int d = 0; d < kDepth; ++d)
-            load_tokens(steps_[d], tokens, first_ + d * stride_);
-        SIMT_NO_UNROLL for (int k = first_; k < k_size_; k += kDepth * stride_) {
+        const int lane_k = simt::lane_id() % 4 * kLaneK;
+        simt::U4 values[kSlots][kTokenGroups];
+        SIMT_UNROLL for (int i = 0; i < kSlots; ++i)
+            load_tokens(values[i], tokens, first_ + i / kParts * stride_, lane_k + i % kParts * 8);
+        SIMT_NO_UNROLL for (int k = first_; k < matrix_.k_size; k += kDepth * stride_) {
             SIMT_UNROLL for (int d = 0; d < kDepth; ++d) {
-                if (k + d * stride_ >= k_size_) break;  // the same for the whole warp
-                compute(steps_[d], acc);
-                const int ahead = k + (d + kDepth) * stride_;
-                load_weights(steps_[d], ahead);
-                load_tokens(steps_[d], tokens, ahead);
+                if (k + d * stride_ >= matrix_.k_size) break;  // the same for the whole warp
+                float sums[2][kTokenGroups][4] = {};
+                SIMT_UNROLL for (int part = 0; part < kParts; ++part) {
+                    const int eight = d * kParts + part, ahead = eight + kSlots;
+                    if constexpr (Format::kScaleSums)
+                        compute(steps_[d], part, values[eight % kSlots], sums);
+                    else
+                        compute(steps_[d], part, values[eight % kSlots], acc);
+                    if (part == kParts - 1) {
+                        if constexpr (Format::kScaleSums) add_scaled(steps_[d], sums, acc);
+                        load_weights(steps_[d], k + (d + kDepth) * stride_);
+                    }
+                    load_tokens(values[eight % kSlots], tokens, k + ahead / kParts * stride_,
+                                lane_k + ahead % kParts * 8);
+                }
             }
         }
     }
 
   private:
-    static constexpr int kDepth = decode_depth(kTokenGroups);
+    static constexpr int kParts = 16 / Format::kBits;  // eights of k in 16 bytes
+    static constexpr int kLaneK = 8 * kParts;
+    static constexpr int kStepK = decode_step_k(Format::kBits);
+    static constexpr int kDepth = decode_depth(kTokenGroups, Format::kBits);
+    static constexpr int kSlots = decode_token_slots(kTokenGroups, Format::kBits);
+    static constexpr int kScales = Format::kRowsPerScale ? 4 / Format::kRowsPerScale : 0;
+    static_assert(kDepth * kParts % kSlots == 0);
     struct Step {
         simt::U4 weights[4];
-        simt::U4 tokens[kTokenGroups];
+        uint32_t scales[kScales ? kScales : 1];
     };
 
     // Steps past the end are neither loaded nor computed. In a step that K ends in, lanes past the
     // end bring zeros for the tokens, times the last weights of the same row.
     SIMT_FUNCTION void load_weights(Step& step, int k) const {
-        if (k >= k_size_) return;  // the same for the whole warp
-        const int t8 = simt::lane_id() % 4 * 8;
-        const int at = k + t8 < k_size_ ? k : k_size_ - 8 - t8;
+        if (k >= matrix_.k_size) return;  // the same for the whole warp
+        const int mine = k + simt::lane_id() % 4 * kLaneK;
+        const int at = mine < matrix_.k_size ? mine : matrix_.k_size - kLaneK;
         SIMT_UNROLL for (int i = 0; i < 4; ++i) step.weights[i] =
-            simt::load16<simt::Keep::streamed>(rows_[i] + at);
+            simt::load16<simt::Keep::streamed>(rows_[i] + at / 8 * Format::kBits);
+        SIMT_UNROLL for (int i = 0; i < kScales; ++i) step.scales[i] =
+            Format::load_scale(matrix_, scale_rows_[i], at);
     }
-    SIMT_FUNCTION void load_tokens(Step& step, const T* const (&tokens)[kTokenGroups],
-                                   int k) const {
-        if (k >= k_size_) return;
-        const int at = k + simt::lane_id() % 4 * 8;
-        SIMT_UNROLL for (int j = 0; j < kTokenGroups; ++j) step.tokens[j] =
-            at < k_size_ ? simt::load16<simt::Keep::normal>(tokens[j] + at) : simt::U4{};
+    SIMT_FUNCTION void load_tokens(simt::U4 (&values)[kTokenGroups],
+                                   const T* const (&tokens)[kTokenGroups], int k,
+                                   int lane_k) const {
+        if (k >= matrix_.k_size) return;
+        const int at = k + lane_k;
+        SIMT_UNROLL for (int j = 0; j < kTokenGroups; ++j) values[j] =
+            at < matrix_.k_size ? simt::load16<simt::Keep::normal>(tokens[j] + at) : simt::U4{};
     }
-    SIMT_FUNCTION static void compute(const Step& step, float (&acc)[2][kTokenGroups][4]) {
+    SIMT_FUNCTION static void compute(const Step& step, int part,
+                                      const simt::U4 (&values)[kTokenGroups],
+                                      float (&acc)[2][kTokenGroups][4]) {
+        simt::U4 weights[4];
+        SIMT_UNROLL for (int i = 0; i < 4; ++i) weights[i] =
+            Format::unpack(step.weights[i], part, step.scales[kScales ? i * kScales / 4 : 0]);
         SIMT_UNROLL for (int issue = 0; issue < 4; issue += 2)
             SIMT_UNROLL for (int block = 0; block < 2; ++block) {
-            const simt::U4& low = step.weights[2 * block];
-            const simt::U4& high = step.weights[2 * block + 1];
+            const simt::U4& low = weights[2 * block];
+            const simt::U4& high = weights[2 * block + 1];
             const uint32_t a[4] = {low.word[issue], high.word[issue], low.word[issue + 1],
                                    high.word[issue + 1]};
             SIMT_UNROLL for (int j = 0; j < kTokenGroups; ++j) {
-                const simt::U4& x = step.tokens[j];
+                const simt::U4& x = values[j];
                 const uint32_t b[2] = {x.word[issue], x.word[issue + 1]};
                 simt::mma<T>(acc[block][j], a, b);
             }
         }
     }
+    SIMT_FUNCTION static void add_scaled(const Step& step, const float (&sums)[2][kTokenGroups][4],
+                                         float (&acc)[2][kTokenGroups][4]) {
+        SIMT_UNROLL for (int block = 0; block < 2; ++block) {
+            const float scale = Format::scale_of(step.scales[block]);
+            SIMT_UNROLL for (int j = 0; j < kTokenGroups; ++j)
+                SIMT_UNROLL for (int i = 0; i < 4; ++i) acc[block][j][i] +=
+                scale * sums[block][j][i];
+        }
+    }
 
-    const T* rows_[4];
-    int k_size_, stride_, first_;
+    WeightMatrix matrix_;
+    const unsigned char* rows_[4];
+    uint32_t scale_rows_[kScales ? kScales : 1];
+    int stride_, first_;
     Step steps_[kDepth] = {};
 };
 
@@ -140,7 +195,7 @@ SIMT_FUNCTION float sum_of_warps(const float* shared, int num_warps, int block, 
 }
 
 // Grid (feature tiles, max_groups), num_warps warps. [R, F] of act(x gate^T) * (x up^T).
-template <class T, int kTokenGroups>
+template <class T, class Format, int kTokenGroups>
 SIMT_FUNCTION void decode_up(const ExpertParams& p, int num_warps, unsigned char* raw_shared) {
     simt::let_next_kernel_start();  // decode_down; it waits before it reads what we write
     if (simt::block_y() >= p.group_count()) return;
@@ -148,7 +203,7 @@ SIMT_FUNCTION void decode_up(const ExpertParams& p, int num_warps, unsigned char
     const int32_t page_id = p.pages.page_of(group);
     if (page_id < 0) return;
     const unsigned char* page = p.pages.address(page_id);
-    const T* weights = reinterpret_cast<const T*>(page + p.pages.up_offset);
+    const WeightMatrix matrix = WeightMatrix::make(p, page, false);
     float* shared = reinterpret_cast<float*>(raw_shared);
 
     const int tile_features = p.gated ? 16 : 32;
@@ -157,17 +212,16 @@ SIMT_FUNCTION void decode_up(const ExpertParams& p, int num_warps, unsigned char
     const GateUpRows gate_up = GateUpRows::make(p.inner_size, p.interleaved);
     const ActivationForm form = activation_form(p);
     const int g = simt::lane_id() / 4, warp = simt::warp_id();
-    const T* rows[4];
+    int rows[4];
     SIMT_UNROLL for (int i = 0; i < 4; ++i) {
         int feature = first_feature + g + i % 2 * 8 + (p.gated ? 0 : i / 2 * 16);
         feature = feature < last_feature ? feature : last_feature;  // computed, not stored
-        const int row = !p.gated ? feature : i / 2 ? gate_up.up(feature) : gate_up.gate(feature);
-        rows[i] = weights + int64_t(row) * p.hidden;
+        rows[i] = !p.gated ? feature : i / 2 ? gate_up.up(feature) : gate_up.gate(feature);
     }
 
     SIMT_NO_UNROLL for (int first = group.first_row; first < group.end_row;
                         first += 8 * kTokenGroups) {
-        DecodeWarp<T, kTokenGroups> product(rows, p.hidden, warp, num_warps);
+        DecodeWarp<T, Format, kTokenGroups> product(matrix, rows, warp, num_warps);
         const T* tokens[kTokenGroups];
         SIMT_UNROLL for (int j = 0; j < kTokenGroups; ++j) {
             int row = first + 8 * j + g;
@@ -207,7 +261,7 @@ SIMT_FUNCTION void decode_up(const ExpertParams& p, int num_warps, unsigned char
 // Grid (feature tiles, max_groups), num_warps warps. Rows of inner down^T to `partial`, and the
 // last block of each feature tile combines. Launched to start before decode_up has ended: what
 // precedes wait_for_previous_kernel reads only weights and what the routing wrote.
-template <class T, int kTokenGroups>
+template <class T, class Format, int kTokenGroups>
 SIMT_FUNCTION void decode_down(const ExpertParams& p, int num_warps, unsigned char* raw_shared) {
     const int num_groups = p.group_count(), total_groups = p.total_count();
     const int first_feature = simt::block_x() * kDecodeRows;
@@ -222,19 +276,18 @@ SIMT_FUNCTION void decode_down(const ExpertParams& p, int num_warps, unsigned ch
             return;
         }
         const unsigned char* page = p.pages.address(page_id);
-        const T* weights = reinterpret_cast<const T*>(page + p.pages.down_offset);
+        const WeightMatrix matrix = WeightMatrix::make(p, page, true);
         float* shared = reinterpret_cast<float*>(raw_shared);
 
         const int g = simt::lane_id() / 4, warp = simt::warp_id();
-        const T* rows[4];
+        int rows[4];
         SIMT_UNROLL for (int i = 0; i < 4; ++i) {
-            int feature = first_feature + g + 8 * i;
-            feature = feature < p.hidden ? feature : p.hidden - 1;
-            rows[i] = weights + int64_t(feature) * p.inner_size;
+            rows[i] = first_feature + g + 8 * i;
+            rows[i] = rows[i] < p.hidden ? rows[i] : p.hidden - 1;
         }
         SIMT_NO_UNROLL for (int first = group.first_row; first < group.end_row;
                             first += 8 * kTokenGroups) {
-            DecodeWarp<T, kTokenGroups> product(rows, p.inner_size, warp, num_warps);
+            DecodeWarp<T, Format, kTokenGroups> product(matrix, rows, warp, num_warps);
             simt::wait_for_previous_kernel();
             const T* tokens[kTokenGroups];
             SIMT_UNROLL for (int j = 0; j < kTokenGroups; ++j) {

@@ -23,6 +23,10 @@ using Stream = void*;  // cudaStream_t, without CUDA's headers
 void launch_decode(const ExpertParams& params, const DecodeVariant& variant, bool dependent,
                    Stream stream);
 
+// launch_decode for pages that are not plain.
+void launch_decode_quantised(const ExpertParams& params, const DecodeVariant& variant,
+                             bool dependent, Stream stream);
+
 // Both projections of the groups given, rows left in `partial` (of dtype) by sorted row.
 void launch_prefill(const ExpertParams& params, int block_m, Stream stream);
 

@@ -17,8 +17,15 @@ enum class DType : int32_t { bf16 = 0, f16 = 1 };
 // gate * sigmoid(alpha * gate) * (up + offset), offset 1.
 enum class Activation : int32_t { silu, gelu, gelu_tanh, relu, relu2, clamped_swiglu };
 
+// What the numbers of gate_up and down are; weight_formats.h has the layouts. Biases are of dtype.
+enum class WeightFormat : int32_t { plain, fp8_block, mxfp4, int4_group };
+
+TILE_FUNCTION int bits_of(WeightFormat format) {
+    return format == WeightFormat::plain ? 16 : format == WeightFormat::fp8_block ? 8 : 4;
+}
+
 // Where weights are. A page holds gate_up [2F, H] (ungated: up [F, H]) and down [H, F] row by row,
-// sections at byte offsets that are multiples of 16.
+// and their scales if quantised; sections at byte offsets that are multiples of 16.
 struct Pages {
     const unsigned char* slab;   // slot 0; may be null when page_table is given
     int64_t slot_stride;         // bytes from slot to slot
@@ -29,6 +36,10 @@ struct Pages {
     int64_t down_offset;
     int64_t up_bias_offset;  // -1: no biases
     int64_t down_bias_offset;
+    int64_t up_scale_offset;  // unused when plain
+    int64_t down_scale_offset;
+    WeightFormat format;
+    int32_t log2_group;  // int4_group: columns that share a scale, a power of two from 32
 
     // -1 when absent.
     TILE_FUNCTION int32_t page_of(const Group& group) const {

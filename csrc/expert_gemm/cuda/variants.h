@@ -14,21 +14,24 @@ struct DecodeVariant {
     int down_warps;    // sharing K = F
 };
 
-// Steps of 32 k are dealt to the warps; each needs a few more than the three it keeps in flight.
-// Splitting K inside the block is what fills the machine: one token of Qwen3-30B has 8 x 48 tiles
-// of gate and up for 132 SMs, three blocks each, 24 warps of 6 KiB.
-TILE_FUNCTION int decode_warps(int k_size) {
-    return k_size >= 1024 ? 8 : k_size >= 512 ? 4 : k_size >= 256 ? 2 : 1;
+// Steps of k are dealt to the warps; each needs a few more than it keeps in flight. Splitting K
+// inside the block is what fills the machine: one token of Qwen3-30B has 8 x 48 tiles of gate and
+// up for 132 SMs, three blocks each, 24 warps of 6 KiB. Quantised steps are two or four times as
+// long in k and two are in flight, so two are asked for.
+TILE_FUNCTION int decode_warps(int k_size, int bits) {
+    const int steps = ceil_div(k_size, 4 * 128 / bits);  // decode_step_k
+    const int enough_for = steps / (bits < 16 ? 2 : 4);
+    return enough_for >= 8 ? 8 : enough_for >= 4 ? 4 : enough_for >= 2 ? 2 : 1;
 }
 
 // A pass reads an expert's weights once for 8 token_groups tokens; a second pass finds them in L2.
 // Up to 8 tokens no expert has more than 8 rows. Above, the widest pass that most experts fill:
 // registers of a wider one cost loads in flight.
 TILE_FUNCTION DecodeVariant choose_decode(int num_tokens, int top_k, int num_experts, int hidden,
-                                          int inner_size) {
+                                          int inner_size, int bits) {
     const int rows_per_expert = ceil_div(num_tokens * top_k, num_experts);
     const int groups = num_tokens <= 8 ? 1 : num_tokens <= 16 || rows_per_expert <= 6 ? 2 : 4;
-    return {groups, decode_warps(hidden), decode_warps(inner_size)};
+    return {groups, decode_warps(hidden, bits), decode_warps(inner_size, bits)};
 }
 
 // Above this many rows per expert the tensor cores' rate matters and prefill's tiles take over:
