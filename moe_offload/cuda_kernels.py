@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_offload.pages import PageLayout
+from moe_offload.quantization import FORMATS, FP8_BLOCK, check_size, specs
+
 MIN_CAPABILITY = (8, 0)
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 ACTIVATIONS = {
@@ -67,6 +70,9 @@ class ExpertShape:
         up_offset, down_offset: bytes from a page's start to gate_up [2F, H] (ungated: up [F, H])
             and to down [H, F]; multiples of 16.
         up_bias_offset, down_bias_offset: likewise, or -1 for no biases.
+        weight_format: a name in `quantization.FORMATS`, the layout of gate_up and down.
+        up_scale_offset, down_scale_offset: of their scales; -1 for plain weights.
+        group_size: of int4_group, columns that share a scale.
         activation: a name in `ACTIVATIONS`.
         gated: act(gate) * up; else act(up).
         interleaved: gate and up rows alternate (gpt-oss); else gate's F rows come first.
@@ -86,6 +92,10 @@ class ExpertShape:
     alpha: float = 1.0
     limit: float = 0.0
     offset: float = 0.0
+    weight_format: str = "plain"
+    up_scale_offset: int = -1
+    down_scale_offset: int = -1
+    group_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("hidden", "inner"):
@@ -106,6 +116,88 @@ class ExpertShape:
                 )
         if (self.up_bias_offset < 0) != (self.down_bias_offset < 0):
             raise ValueError("ExpertShape: give both bias offsets or neither")
+        self._check_format()
+
+    def _check_format(self) -> None:
+        name = f"ExpertShape: weight_format {self.weight_format}"
+        try:
+            check_size(self.weight_format, self.up_rows, self.hidden, self.group_size)
+            check_size(self.weight_format, self.hidden, self.inner, self.group_size)
+        except ValueError as error:
+            raise ValueError(f"ExpertShape: {error}") from None
+        for field_name in ("up_scale_offset", "down_scale_offset"):
+            value = getattr(self, field_name)
+            if self.weight_format == "plain" and value != -1:
+                raise ValueError(f"{name} has no scales, got {field_name} {value}")
+            if self.weight_format != "plain" and (value < 0 or value % 16):
+                raise ValueError(f"{name}: {field_name} must be a multiple of 16, got {value}")
+        if self.weight_format == "mxfp4" and self.dtype != torch.bfloat16:
+            raise TypeError(
+                f"{name} needs bfloat16 activations, its scales do not fit float16; "
+                f"got {self.dtype}"
+            )
+        stacked = self.weight_format == "fp8_block" and self.gated and not self.interleaved
+        if stacked and self.inner % FP8_BLOCK:
+            raise ValueError(
+                f"{name}: inner must be a multiple of {FP8_BLOCK}, so that gate and up do not "
+                f"share a block's scale, got {self.inner}"
+            )
+
+    @property
+    def up_rows(self) -> int:
+        return 2 * self.inner if self.gated else self.inner
+
+    @classmethod
+    def of_layout(
+        cls,
+        layout: PageLayout,
+        hidden: int,
+        inner: int,
+        dtype: torch.dtype,
+        *,
+        up: str = "gate_up_proj",
+        down: str = "down_proj",
+        up_scales: str | None = None,
+        down_scales: str | None = None,
+        up_bias: str | None = None,
+        down_bias: str | None = None,
+        **options: Any,
+    ) -> ExpertShape:
+        """The shape of experts whose pages have this layout, with every section checked.
+
+        Args:
+            layout: the page's sections.
+            hidden, inner, dtype: as the attributes.
+            up, down, up_scales, ...: the sections' names, such as "gate_up_proj_blocks"; None:
+                there is no such section.
+            options: the other attributes, such as weight_format and activation.
+
+        Raises:
+            KeyError: the layout has no such section.
+            ValueError: a section's dtype or shape is not what the format stores there.
+        """
+        sections = (up, down, up_scales, down_scales, up_bias, down_bias)
+        offsets = [-1 if name is None else layout.section(name).offset for name in sections]
+        names = ("up", "down", "up_scale", "down_scale", "up_bias", "down_bias")
+        where: dict[str, Any] = {
+            f"{name}_offset": at for name, at in zip(names, offsets, strict=True)
+        }
+        shape = cls(hidden, inner, dtype, **where, **options)
+        form, group = shape.weight_format, shape.group_size
+        up_specs = specs(form, shape.up_rows, hidden, dtype, group)
+        down_specs = specs(form, hidden, inner, dtype, group)
+        biases = ((shape.up_rows,), dtype), ((hidden,), dtype)
+        wanted = (up_specs[0], down_specs[0], up_specs[1], down_specs[1], *biases)
+        for name, want in zip(sections, wanted, strict=True):
+            if name is None or want is None:
+                continue
+            section = layout.section(name)
+            if (section.shape, section.dtype) != want:
+                raise ValueError(
+                    f"ExpertShape: section {name!r} of {form} experts must be {want[1]} "
+                    f"{list(want[0])}, got {section.dtype} {list(section.shape)}"
+                )
+        return shape
 
 
 @dataclass(frozen=True)
@@ -218,9 +310,11 @@ class ExpertCall:
 
         native = _native()
         sizes = (num_tokens, max(top_k, 1), experts.num_experts)
-        self.decode: bool = native.use_decode(*sizes)
+        # Quantised pages have decode kernels only; they are right for any number of tokens.
+        self.decode: bool = native.use_decode(*sizes) or shape.weight_format != "plain"
         self.block_m: int = native.choose_block_m(*sizes)
-        self.variant = native.choose_decode(*sizes, shape.hidden, shape.inner)
+        format_code = FORMATS.index(shape.weight_format)
+        self.variant = native.choose_decode(*sizes, shape.hidden, shape.inner, format_code)
         self._experts, self._out, self._launched = experts, out, False
         self._hopper = torch.cuda.get_device_capability(device) == (9, 0)
         inner = x.new_empty(routes, shape.inner)
@@ -339,6 +433,10 @@ class ExpertCall:
             down_offset=shape.down_offset,
             up_bias_offset=shape.up_bias_offset,
             down_bias_offset=shape.down_bias_offset,
+            up_scale_offset=shape.up_scale_offset,
+            down_scale_offset=shape.down_scale_offset,
+            format=FORMATS.index(shape.weight_format),
+            log2_group=max(shape.group_size.bit_length() - 1, 0),
         )
 
 

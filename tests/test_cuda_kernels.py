@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_offload import cuda_kernels
+from moe_offload import cuda_kernels, quantization
 from moe_offload.cuda_kernels import CudaExperts, ExpertShape, SlabPages, TablePages
 from moe_offload.pages import PageLayout
 
@@ -29,11 +29,117 @@ GOOD = ExpertShape(64, 32, torch.bfloat16, up_offset=0, down_offset=8192)
         ({"activation": "clamped_swiglu", "gated": False}, ValueError, "needs a gate"),
         ({"down_offset": 24}, ValueError, "down_offset must be a multiple of 16 bytes, got 24"),
         ({"up_bias_offset": 256}, ValueError, "both bias offsets or neither"),
+        ({"weight_format": "awq"}, ValueError, "must be one of plain, .* got 'awq'"),
+        ({"up_scale_offset": 256}, ValueError, "plain has no scales, got up_scale_offset 256"),
+        ({"group_size": 32}, ValueError, "only int4_group has a group_size"),
     ],
 )
 def test_a_shape_checks_itself(change: dict, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         dataclasses.replace(GOOD, **change)
+
+
+QUANTISED = ExpertShape(
+    256,
+    128,
+    torch.bfloat16,
+    up_offset=0,
+    down_offset=65536,
+    weight_format="fp8_block",
+    up_scale_offset=98304,
+    down_scale_offset=98560,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"up_scale_offset": -1}, ValueError, "up_scale_offset must be a multiple of 16, got -1"),
+        ({"down_scale_offset": 24}, ValueError, "down_scale_offset must be a multiple of 16"),
+        ({"hidden": 264}, ValueError, r"multiples of 16, got a matrix of \[256, 264\]"),
+        ({"inner": 192}, ValueError, "do not share a block's scale, got 192"),
+        ({"weight_format": "mxfp4", "hidden": 48}, ValueError, "multiples of 32"),
+        (
+            {"weight_format": "mxfp4", "dtype": torch.float16},
+            TypeError,
+            "needs bfloat16 activations.* got torch.float16",
+        ),
+        ({"weight_format": "int4_group"}, ValueError, "a power of two from 32, got 0"),
+        (
+            {"weight_format": "int4_group", "group_size": 128, "hidden": 2880},
+            ValueError,
+            "multiples of 128",
+        ),
+    ],
+)
+def test_a_quantised_shape_checks_itself(change: dict, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        dataclasses.replace(QUANTISED, **change)
+
+
+def test_a_quantised_shape_may_be_unusual_where_the_format_allows() -> None:
+    dataclasses.replace(QUANTISED, inner=192, gated=False)
+    dataclasses.replace(QUANTISED, inner=192, interleaved=True)  # blocks of the matrix as it is
+    dataclasses.replace(QUANTISED, weight_format="mxfp4", inner=96)
+    dataclasses.replace(QUANTISED, weight_format="int4_group", group_size=64, dtype=torch.float16)
+
+
+GPT_OSS = {
+    "up": "gate_up_proj_blocks",
+    "down": "down_proj_blocks",
+    "up_scales": "gate_up_proj_scales",
+    "down_scales": "down_proj_scales",
+    "up_bias": "gate_up_proj_bias",
+    "down_bias": "down_proj_bias",
+}
+
+
+def gpt_oss_sections(hidden: int, inner: int) -> dict:
+    byte = torch.uint8
+    return {
+        "gate_up_proj_blocks": ((2 * inner, hidden // 32, 16), byte),
+        "gate_up_proj_scales": ((2 * inner, hidden // 32), byte),
+        "gate_up_proj_bias": ((2 * inner,), torch.bfloat16),
+        "down_proj_blocks": ((hidden, inner // 32, 16), byte),
+        "down_proj_scales": ((hidden, inner // 32), byte),
+        "down_proj_bias": ((hidden,), torch.bfloat16),
+    }
+
+
+def test_a_shape_is_read_from_a_layout() -> None:
+    layout = PageLayout.build(gpt_oss_sections(96, 64))
+    shape = ExpertShape.of_layout(
+        layout, 96, 64, torch.bfloat16, **GPT_OSS, weight_format="mxfp4", interleaved=True
+    )
+    assert shape.up_offset == 0
+    assert shape.up_scale_offset == layout.section("gate_up_proj_scales").offset
+    assert shape.down_offset == layout.section("down_proj_blocks").offset
+    assert shape.down_scale_offset == layout.section("down_proj_scales").offset
+    assert shape.down_bias_offset == layout.section("down_proj_bias").offset
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "text"),
+    [
+        (
+            "gate_up_proj_blocks",
+            ((128, 48), torch.uint8),
+            r"'gate_up_proj_blocks' of mxfp4 experts must be torch.uint8 \[128, 3, 16\], got "
+            r"torch.uint8 \[128, 48\]",
+        ),
+        ("down_proj_blocks", ((96, 2, 16), torch.int8), r"got torch.int8 \[96, 2, 16\]"),
+        ("gate_up_proj_scales", ((128, 2), torch.uint8), r"\[128, 3\], got torch.uint8 \[128, 2\]"),
+        ("down_proj_scales", ((96, 2), torch.float32), r"must be torch.uint8 \[96, 2\], got"),
+        ("gate_up_proj_bias", ((128,), torch.float32), "must be torch.bfloat16"),
+        ("down_proj_bias", ((64,), torch.bfloat16), r"\[96\], got torch.bfloat16 \[64\]"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_named(name: str, spec: tuple, text: str) -> None:
+    layout = PageLayout.build(gpt_oss_sections(96, 64) | {name: spec})
+    with pytest.raises(ValueError, match=text):
+        ExpertShape.of_layout(layout, 96, 64, torch.bfloat16, **GPT_OSS, weight_format="mxfp4")
+    with pytest.raises(KeyError, match="no section 'gate_up_proj'"):
+        ExpertShape.of_layout(layout, 96, 64, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +184,8 @@ def test_the_module_names_its_architectures_and_chooses_by_size() -> None:
     assert native.use_decode(1, 8, 128)
     assert not native.use_decode(4096, 8, 128)
     assert native.choose_decode(1, 8, 128, 2048, 768) == (1, 8, 4)
+    mxfp4 = quantization.FORMATS.index("mxfp4")
+    assert native.choose_decode(1, 8, 128, 2048, 768, mxfp4) == (1, 8, 2)
     assert native.choose_block_m(16384, 8, 128) == 128
     p = native.ExpertParams()
     p.x, p.num_tokens, p.offset = 1 << 40, 7, 0.5
@@ -90,6 +198,9 @@ def test_the_module_names_its_architectures_and_chooses_by_size() -> None:
 class Layer:
     """Random experts in a slab on the device, and the maps of a random routing."""
 
+    gate_up: Tensor
+    down: Tensor
+
     def __init__(
         self,
         tokens: int,
@@ -100,14 +211,24 @@ class Layer:
         skew: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         seed: int = 0,
+        form: str = "plain",
+        group: int = 0,
     ) -> None:
         generator = torch.Generator("cuda").manual_seed(seed)
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, device="cuda", generator=generator)
 
-        self.gate_up = (randn(experts, 2 * inner, hidden) / hidden**0.5).to(dtype)
-        self.down = (randn(experts, hidden, inner) / inner**0.5).to(dtype)
+        sections = {}  # the parts of a page: name to [E, ...]
+        for name, rows, columns in (("up", 2 * inner, hidden), ("down", hidden, inner)):
+            weight = randn(experts, rows, columns) / columns**0.5
+            codes, scales = quantization.lossy_quantise(form, weight, dtype, group)
+            sections[name] = codes
+            if scales is not None:
+                sections[f"{name}_scales"] = scales
+            # what the page says the weights are, [E, rows, columns] in float64
+            exact = quantization.dequantise(form, codes, scales)
+            setattr(self, "gate_up" if name == "up" else name, exact)
         self.x = randn(tokens, hidden).to(dtype)
         self.weights = randn(tokens, top_k).softmax(-1).contiguous()
         scores = randn(tokens, experts) + (4 * torch.arange(experts, device="cuda") if skew else 0)
@@ -123,19 +244,23 @@ class Layer:
 
         self.total = torch.tensor([len(self.groups)], dtype=torch.int32, device="cuda")
 
-        one = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
-        layout = PageLayout.build({name: (shape, dtype) for name, shape in one.items()})
+        layout = PageLayout.build(
+            {name: (tuple(t.shape[1:]), t.dtype) for name, t in sections.items()}
+        )
         num_slots = experts + 3
         stride = layout.slot_stride
         self.slab = torch.full((num_slots * stride,), 255, dtype=torch.uint8, device="cuda")
         slots = torch.randperm(num_slots, device="cuda", generator=generator)[:experts]
         self.slot_of = slots.int()
-        views = layout.views(self.slab)
-        views["gate_up_proj"][slots] = self.gate_up
-        views["down_proj"][slots] = self.down
+        for name, view in layout.views(self.slab).items():
+            for slot, part in zip(slots.tolist(), sections[name], strict=True):
+                view[slot].copy_(part)
         self.pages = SlabPages(self.slab, stride, self.slot_of)
-        offsets = [layout.section(name).offset for name in one]
-        self.experts = CudaExperts(ExpertShape(hidden, inner, dtype, *offsets), experts)
+        names = {name: name for name in sections}
+        shape = ExpertShape.of_layout(
+            layout, hidden, inner, dtype, **names, weight_format=form, group_size=group
+        )
+        self.experts = CudaExperts(shape, experts)
 
     def run(self, split: int = 0, out: Tensor | None = None) -> Tensor:
         out = torch.full_like(self.x, float("nan")) if out is None else out
@@ -186,6 +311,35 @@ def test_error_is_that_of_torch_and_bits_repeat(sizes: Sizes, dtype: torch.dtype
     layer = Layer(*sizes, dtype=dtype, seed=torch.seed() % 1000)
     first = layer.run()
     for split in (0, 1, len(layer.groups) // 2):  # also any split into two launches
+        assert torch.equal(layer.run(split), first)
+    assert_close(layer, first)
+
+
+# format, its group size, and the dtype of activations
+FORMATS = [
+    ("fp8_block", 0, torch.bfloat16),
+    ("fp8_block", 0, torch.float16),
+    ("mxfp4", 0, torch.bfloat16),
+    ("int4_group", 32, torch.bfloat16),
+    ("int4_group", 128, torch.float16),
+]
+QUANTISED_SIZES = [
+    pytest.param((1, 8, 32, 2048, 768, False), id="qwen3 T1"),
+    pytest.param((7, 2, 8, 1152, 384, False), id="off every step"),
+    pytest.param((64, 8, 32, 2048, 768, False), id="decode T64"),
+    pytest.param((300, 2, 8, 1024, 768, True), id="many rows, two experts"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("sizes", QUANTISED_SIZES)
+def test_quantised_pages(sizes: Sizes, form: tuple[str, int, torch.dtype]) -> None:
+    """Against float64 of what the page says; torch's own dequantises to its dtype first."""
+    name, group, dtype = form
+    layer = Layer(*sizes, dtype=dtype, seed=torch.seed() % 1000, form=name, group=group)
+    first = layer.run()
+    for split in (0, 1, len(layer.groups) // 2):
         assert torch.equal(layer.run(split), first)
     assert_close(layer, first)
 
