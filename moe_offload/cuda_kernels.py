@@ -310,13 +310,13 @@ class ExpertCall:
 
         native = _native()
         sizes = (num_tokens, max(top_k, 1), experts.num_experts)
-        # Quantised pages have decode kernels only; they are right for any number of tokens.
-        self.decode: bool = native.use_decode(*sizes) or shape.weight_format != "plain"
+        self.decode: bool = native.use_decode(*sizes)
         self.block_m: int = native.choose_block_m(*sizes)
         format_code = FORMATS.index(shape.weight_format)
         self.variant = native.choose_decode(*sizes, shape.hidden, shape.inner, format_code)
         self._experts, self._out, self._launched = experts, out, False
-        self._hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        self._hopper = hopper and shape.weight_format == "plain"  # others: the sm_80 kernel
         inner = x.new_empty(routes, shape.inner)
         partial = x.new_empty(
             routes, shape.hidden, dtype=torch.float32 if self.decode else shape.dtype

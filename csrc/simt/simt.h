@@ -8,8 +8,8 @@
 //
 //   words      thread_id lane_id warp_id block_x block_y grid_x grid_y | block_sync warp_sync
 //              shuffle shuffle_xor ballot match_any | mma ldmatrix_x4 | cp_async cp_async_commit
-//              cp_async_wait | load16 load4 load2 load1 store16 store8 store4 | fma2 byte_permute |
-//              atomic_add thread_fence fast_exp reciprocal wait_for_previous_kernel
+//              cp_async_wait | load16 load8 load4 load2 load1 store16 store8 store4 | fma2
+//              byte_permute | atomic_add thread_fence fast_exp reciprocal wait_for_previous_kernel
 //              let_next_kernel_start
 //
 // What emulation cannot show: speed, and races between blocks beyond their order (blocks run one

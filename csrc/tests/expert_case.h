@@ -92,24 +92,9 @@ struct Case {
         std::shuffle(order.begin(), order.end(), random);
         slot_of.assign(order.begin(), order.begin() + s.experts);
         const int up_rows = (s.gated ? 2 : 1) * s.inner;
-        auto& pages = params.pages;
-        pages.format = s.format;
-        pages.log2_group = s.log2_group;
+        const auto& pages = params.pages;
         const QuantisedMatrix up = matrix(true), down = matrix(false);
-        int64_t end = 0;
-        auto section = [&](int64_t bytes) {
-            const int64_t start = (end + 255) / 256 * 256;
-            end = start + bytes;
-            return start;
-        };
-        pages.up_offset = section(up.code_bytes());
-        pages.down_offset = section(down.code_bytes());
-        pages.up_bias_offset = s.bias ? section(up_rows * 2) : -1;
-        pages.down_bias_offset = s.bias ? section(s.hidden * 2) : -1;
-        pages.up_scale_offset = section(up.scale_bytes());
-        pages.down_scale_offset = section(down.scale_bytes());
-        pages.slot_stride = (end + 255) / 256 * 256;
-        slab.assign((num_slots - 1) * pages.slot_stride + end, 0xff);
+        lay_out_pages();
         for (int e = 0; e < s.experts; ++e) {
             unsigned char* page = slab.data() + slot_of[e] * pages.slot_stride;
             auto normal_section = [&](int64_t offset, size_t count, float scale) {
@@ -129,16 +114,6 @@ struct Case {
             normal_section(pages.up_bias_offset, up_rows, 0.5f);
             normal_section(pages.down_bias_offset, s.hidden, 0.5f);
         }
-        pages.slab = slab.data();
-        pages.page_table = nullptr;
-        pages.slot_of = slot_of.data();
-
-        params.x = x.data();
-        params.route_of_row = route_of_row.data();
-        params.row_of_route = row_of_route.data();
-        params.topk_weights = weights.data();
-        params.groups = groups.data();
-        params.max_groups = int(groups.size());
         params.num_tokens = s.tokens;
         params.top_k = s.top_k;
         params.hidden = s.hidden;
@@ -151,9 +126,78 @@ struct Case {
         params.alpha = 1.702f;
         params.limit = 1.5f;
         params.offset = 1.0f;
-        poison();
         tickets.assign((s.hidden + 31) / 32, 0);
+        poison();
+    }
+
+    // Sections of a page one after another, and an empty (NaN) slab of them.
+    void lay_out_pages() {
+        auto& pages = params.pages;
+        pages.format = shape.format;
+        pages.log2_group = shape.log2_group;
+        const QuantisedMatrix up = matrix(true), down = matrix(false);
+        int64_t end = 0;
+        auto section = [&](int64_t bytes) {
+            const int64_t start = (end + 255) / 256 * 256;
+            end = start + bytes;
+            return start;
+        };
+        pages.up_offset = section(up.code_bytes());
+        pages.down_offset = section(down.code_bytes());
+        pages.up_bias_offset = shape.bias ? section(up.rows * 2) : -1;
+        pages.down_bias_offset = shape.bias ? section(down.rows * 2) : -1;
+        pages.up_scale_offset = section(up.scale_bytes());
+        pages.down_scale_offset = section(down.scale_bytes());
+        pages.slot_stride = (end + 255) / 256 * 256;
+        const int num_slots = shape.experts + shape.experts / 2 + 1;
+        slab.assign((num_slots - 1) * pages.slot_stride + end, 0xff);
+    }
+
+    // After the vectors have moved.
+    void point() {
+        params.pages.slab = slab.data();
+        params.pages.page_table = nullptr;
+        params.pages.slot_of = slot_of.data();
+        params.x = x.data();
+        params.route_of_row = route_of_row.data();
+        params.row_of_route = row_of_route.data();
+        params.topk_weights = weights.data();
+        params.groups = groups.data();
+        params.max_groups = int(groups.size());
         params.tickets = tickets.data();
+        params.inner = inner.data();
+        params.partial = partial.data();
+        params.out = out.data();
+    }
+
+    // The same layer with plain pages: each weight rounded once to T.
+    Case dequantised() const {
+        Case plain(*this);
+        plain.shape.format = WeightFormat::plain;
+        plain.lay_out_pages();
+        const auto &from = params.pages, &to = plain.params.pages;
+        for (int e = 0; e < shape.experts; ++e) {
+            const unsigned char* page = slab.data() + slot_of[e] * from.slot_stride;
+            unsigned char* plain_page = plain.slab.data() + slot_of[e] * to.slot_stride;
+            for (bool is_up : {true, false}) {
+                const QuantisedMatrix m = matrix(is_up);
+                const auto codes = page + (is_up ? from.up_offset : from.down_offset);
+                const auto scales = page + (is_up ? from.up_scale_offset : from.down_scale_offset);
+                const auto bias = is_up ? from.up_bias_offset : from.down_bias_offset;
+                unsigned char* out = plain_page + (is_up ? to.up_offset : to.down_offset);
+                for (int row = 0; row < m.rows; ++row)
+                    for (int k = 0; k < m.columns; ++k, out += 2) {
+                        const uint16_t bits = m.narrow(m.weight(codes, scales, row, k));
+                        std::memcpy(out, &bits, 2);
+                    }
+                if (bias >= 0)
+                    std::memcpy(plain_page + (is_up ? to.up_bias_offset : to.down_bias_offset),
+                                page + bias, m.rows * 2);
+            }
+        }
+        plain.poison();
+        plain.point();
+        return plain;
     }
 
     void poison() {
@@ -162,9 +206,7 @@ struct Case {
         partial.assign(routes * shape.hidden, quiet_nan());
         partial16.assign(routes * shape.hidden, T{0xffff});
         out.assign(size_t(shape.tokens) * shape.hidden, T{0xffff});
-        params.inner = inner.data();
-        params.partial = partial.data();
-        params.out = out.data();
+        point();
     }
 
     QuantisedMatrix matrix(bool up) const {

@@ -18,8 +18,10 @@ void run_gemms(const ExpertParams& p, int blocks, uint64_t seed) {
     const size_t shared = kStages * prefill_stage_bytes(kBlockM);
     const simt::Launch config{
         .grid_x = blocks, .threads = kPrefillThreads, .shared_bytes = shared, .seed = seed};
-    simt::launch(config, [&](auto* s) { prefill<T, kBlockM, kStages, false>(p, s); });
-    simt::launch(config, [&](auto* s) { prefill<T, kBlockM, kStages, true>(p, s); });
+    simt::launch(config,
+                 [&](auto* s) { prefill<T, PlainWeights<T>, kBlockM, kStages, false>(p, s); });
+    simt::launch(config,
+                 [&](auto* s) { prefill<T, PlainWeights<T>, kBlockM, kStages, true>(p, s); });
 }
 
 template <class T>

@@ -19,14 +19,10 @@
 #include "expert_gemm/cuda/epilogue.h"
 #include "expert_gemm/cuda/params.h"
 #include "expert_gemm/cuda/present_groups.h"
+#include "expert_gemm/cuda/weight_tile.h"
 #include "simt/simt.h"
 
 namespace moe_offload::cuda {
-
-constexpr int kPrefillThreads = 256;
-constexpr int kPrefillBlockN = 128;  // weight rows
-constexpr int kPrefillBlockK = 32;
-constexpr int kPrefillRowBytes = kPrefillBlockK * 2;
 
 TILE_FUNCTION constexpr int prefill_stages(int block_m) { return block_m == 64 ? 4 : 3; }
 
@@ -39,35 +35,27 @@ TILE_FUNCTION int prefill_feature_tiles(const ExpertParams& p, bool down) {
     return ceil_div(p.inner_size, p.gated ? kPrefillBlockN / 2 : kPrefillBlockN);
 }
 
-// What a tile multiplies: the same loop serves both projections. This thread's rows are offsets in
-// units of 16 bytes, half the registers of pointers.
-struct PrefillOperands {
+// The tokens of a tile: this thread's rows are offsets in units of 16 bytes, half the registers of
+// pointers.
+struct TokenTile {
     const unsigned char* tokens;
-    const unsigned char* weights;
-    uint32_t token_rows[2];  // kNoRow: none
-    uint32_t weight_rows[2];
+    uint32_t rows[2];  // kNoRow: none
     int k_size;
-};
 
-// Copies by this thread of one stage: rows thread / 4 + 64 i, chunk thread % 4 of each operand.
-template <int kBlockM>
-SIMT_FUNCTION void load_stage(const PrefillOperands& from, int k, unsigned char* stage) {
-    const int row = simt::thread_id() / 4, chunk = simt::thread_id() % 4;
-    const int at = k / 8 + chunk;
-    const bool inside = at * 8 < from.k_size;
-    SIMT_UNROLL for (int i = 0; i < kBlockM / 64; ++i) {
-        const bool present = inside && from.token_rows[i] != kNoRow;
-        const uint64_t offset = present ? uint64_t(from.token_rows[i] + at) * 16 : 0;
-        simt::cp_async(stage + swizzle64(row + 64 * i, chunk), from.tokens + offset,
-                       present ? 16 : 0);
+    // Copies by this thread for one stage: rows thread / 4 + 64 i, chunk thread % 4.
+    template <int kBlockM>
+    SIMT_FUNCTION void place(int k, unsigned char* stage) const {
+        const int row = simt::thread_id() / 4, chunk = simt::thread_id() % 4;
+        const int at = k / 8 + chunk;
+        const bool inside = at * 8 < k_size;
+        SIMT_UNROLL for (int i = 0; i < kBlockM / 64; ++i) {
+            const bool present = inside && rows[i] != kNoRow;
+            const uint64_t offset = present ? uint64_t(rows[i] + at) * 16 : 0;
+            simt::cp_async(stage + swizzle64(row + 64 * i, chunk), tokens + offset,
+                           present ? 16 : 0);
+        }
     }
-    unsigned char* weights = stage + kBlockM * kPrefillRowBytes;
-    SIMT_UNROLL for (int i = 0; i < kPrefillBlockN / 64; ++i) {
-        const uint64_t offset = inside ? uint64_t(from.weight_rows[i] + at) * 16 : 0;
-        simt::cp_async(weights + swizzle64(row + 64 * i, chunk), from.weights + offset,
-                       inside ? 16 : 0);
-    }
-}
+};
 
 // A warp's share: kBlockM / 2 rows (in 16s) by 32 weight rows (in 8s).
 template <class T, int kBlockM>
@@ -100,33 +88,45 @@ struct PrefillWarp {
 };
 
 // The whole product of one tile. Every thread of the block calls it.
-template <class T, int kBlockM, int kStages>
-SIMT_FUNCTION void multiply_tile(const PrefillOperands& operands, PrefillWarp<T, kBlockM>& warp,
-                                 unsigned char* shared) {
+template <class T, class Format, int kBlockM, int kStages>
+SIMT_FUNCTION void multiply_tile(const TokenTile& tokens, const WeightTile<T, Format>& weights,
+                                 PrefillWarp<T, kBlockM>& warp, unsigned char* shared) {
     constexpr int kStageBytes = prefill_stage_bytes(kBlockM);
-    const int steps = ceil_div(operands.k_size, kPrefillBlockK);
+    constexpr int kWeightsAt = kBlockM * kPrefillRowBytes;
+    using Fetched = typename WeightTile<T, Format>::Fetched;
+    const int steps = ceil_div(tokens.k_size, kPrefillBlockK);
+    Fetched first[kStages - 1];
+    SIMT_UNROLL for (int s = 0; s < kStages - 1; ++s) first[s] = weights.fetch(s * kPrefillBlockK);
+    Fetched next = weights.fetch((kStages - 1) * kPrefillBlockK);
     SIMT_UNROLL for (int s = 0; s < kStages - 1; ++s) {
-        if (s < steps) load_stage<kBlockM>(operands, s * kPrefillBlockK, shared + s * kStageBytes);
+        if (s < steps) {
+            tokens.place<kBlockM>(s * kPrefillBlockK, shared + s * kStageBytes);
+            weights.place(first[s], s * kPrefillBlockK, shared + s * kStageBytes + kWeightsAt);
+        }
         simt::cp_async_commit();  // also when empty: the count of groups is the count of steps
     }
-    int reading = 0, writing = kStages - 1;
+    int reading = 0;
     SIMT_NO_UNROLL for (int step = 0; step < steps; ++step) {
         simt::cp_async_wait<kStages - 2>();
         simt::block_sync();  // this stage has landed for all; all are done with the one before
         const int ahead = step + kStages - 1;
-        if (ahead < steps)
-            load_stage<kBlockM>(operands, ahead * kPrefillBlockK, shared + writing * kStageBytes);
+        if (ahead < steps) {
+            const int writing = (reading == 0 ? kStages : reading) - 1;
+            const int k = ahead * kPrefillBlockK;
+            tokens.place<kBlockM>(k, shared + writing * kStageBytes);
+            weights.place(next, k, shared + writing * kStageBytes + kWeightsAt);
+            next = weights.fetch(k + kPrefillBlockK);
+        }
         simt::cp_async_commit();
         warp.multiply(shared + reading * kStageBytes);
         reading = reading + 1 == kStages ? 0 : reading + 1;
-        writing = writing + 1 == kStages ? 0 : writing + 1;
     }
     simt::cp_async_wait<0>();
     simt::block_sync();  // the next tile's copies overwrite these stages
 }
 
 // Up and activation into `inner` [R, F], or (kDown) down into `partial` [R, H], both of T.
-template <class T, int kBlockM, int kStages, bool kDown>
+template <class T, class Format, int kBlockM, int kStages, bool kDown>
 SIMT_FUNCTION void prefill(const ExpertParams& p, unsigned char* shared) {
     const PresentGroups groups{p};
     TileWalker<PresentGroups> walker(groups, p.group_count(), kBlockM,
@@ -145,27 +145,26 @@ SIMT_FUNCTION void prefill(const ExpertParams& p, unsigned char* shared) {
         const int first_row = group.first_row + tile.row_tile * kBlockM;
         const int first_feature = tile.feature_tile * tile_features;
 
-        PrefillOperands operands;
-        operands.tokens = static_cast<const unsigned char*>(kDown ? p.inner : p.x);
-        operands.weights = page + (kDown ? p.pages.down_offset : p.pages.up_offset);
-        operands.k_size = kDown ? p.inner_size : p.hidden;
-        const uint32_t row_units = operands.k_size / 8;
+        TokenTile tokens;
+        tokens.tokens = static_cast<const unsigned char*>(kDown ? p.inner : p.x);
+        tokens.k_size = kDown ? p.inner_size : p.hidden;
         SIMT_UNROLL for (int i = 0; i < 2; ++i) {
             const int local = simt::thread_id() / 4 + 64 * i;
             const int row = first_row + local;
-            operands.token_rows[i] = kNoRow;
+            tokens.rows[i] = kNoRow;
             if (local < kBlockM && row < group.end_row)
-                operands.token_rows[i] =
-                    uint32_t(kDown ? row : p.route_of_row[row] / p.top_k) * row_units;
+                tokens.rows[i] =
+                    uint32_t(kDown ? row : p.route_of_row[row] / p.top_k) * (tokens.k_size / 8);
+        }
+        const WeightTile<T, Format> weights(WeightMatrix::make(p, page, kDown), [&](int local) {
             int feature = first_feature + (gated ? gated_feature(local) : local);
             feature = feature < num_features ? feature : num_features - 1;  // not stored
-            const int weight_row = !gated               ? feature
-                                   : gated_is_up(local) ? gate_up.up(feature)
-                                                        : gate_up.gate(feature);
-            operands.weight_rows[i] = weight_row * row_units;
-        }
+            return !gated               ? feature
+                   : gated_is_up(local) ? gate_up.up(feature)
+                                        : gate_up.gate(feature);
+        });
         PrefillWarp<T, kBlockM> warp;
-        multiply_tile<T, kBlockM, kStages>(operands, warp, shared);
+        multiply_tile<T, Format, kBlockM, kStages>(tokens, weights, warp, shared);
 
         const int g = simt::lane_id() / 4, t2 = simt::lane_id() % 4 * 2;
         const ActivationForm form = activation_form(p);
