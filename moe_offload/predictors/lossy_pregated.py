@@ -87,7 +87,9 @@ class LossyPregated(PreGate):
 
     def layer_routed(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Predictions:
         logits = self._logits().get(layer + 1)
-        return () if logits is None or not self.wanted else self._named(layer, logits, topk_ids)
+        if logits is None or not self.wanted:
+            return ()
+        return self._named(layer, logits.cpu().numpy(), topk_ids)
 
     def report(self) -> dict[str, Any]:
         return {"gates": self._source, "changes_tokens": True}

@@ -63,6 +63,27 @@ class PreGates(nn.Module):
         return F.linear(x, self.linear[layer], self.bias[layer]) + F.linear(inner, self.down[layer])
 
 
+class _LiveGate:
+    """One gate in numpy: for a single token the module's torch calls take 98 us, this 25."""
+
+    def __init__(self, gates: PreGates, layer: int) -> None:
+        first = torch.cat([gates.linear[layer], gates.up[layer]])  # [E + M, H]
+        bias = torch.cat([gates.bias[layer], gates.up_bias[layer]])
+        self._first = np.ascontiguousarray(first.T.numpy())
+        self._bias = bias.numpy()
+        self._down = np.ascontiguousarray(gates.down[layer].T.numpy())  # [M, E]
+
+    def __call__(self, hidden: Tensor) -> np.ndarray:
+        width = hidden.shape[-1]
+        x = hidden.detach().float().cpu().numpy().reshape(-1, width)
+        power = np.einsum("rh,rh->r", x, x) / width + INPUT_EPS
+        both = (x @ self._first) * (power**-0.5)[:, None] + self._bias
+        logits, inner = np.split(both, [self._down.shape[1]], axis=1)
+        inner = inner / (1 + np.exp(np.minimum(-inner, 80)))
+        found: np.ndarray = logits + inner @ self._down
+        return found
+
+
 class PreGate(Predictor):
     """Names, for each token, the A experts that the gate of layer l likes best in layer l + 1.
 
@@ -77,6 +98,7 @@ class PreGate(Predictor):
     def __init__(self, gates: PreGates, source: str = "pregate") -> None:
         self.gates = gates.eval().requires_grad_(False)
         self._source = source
+        self._live = [_LiveGate(self.gates, i) for i in range(gates.shape.num_layers - 1)]
         self._input: Tensor | None = None
 
     @classmethod
@@ -103,13 +125,12 @@ class PreGate(Predictor):
         hidden, self._input = self._input, None
         if hidden is None:
             return ()
-        with torch.no_grad():
-            return self._named(layer, self.gates(layer, hidden), topk_ids)
+        return self._named(layer, self._live[layer](hidden), topk_ids)
 
-    def _named(self, layer: int, logits: Tensor, topk_ids: Tensor) -> Predictions:
+    def _named(self, layer: int, logits: np.ndarray, topk_ids: Tensor) -> Predictions:
         top_k = topk_ids.shape[1]
         everybody = top_k >= logits.shape[1]
-        scores = np.ones(logits.shape, np.float32) if everybody else margins(logits.numpy(), top_k)
+        scores = np.ones_like(logits) if everybody else margins(logits, top_k)
         muted = (topk_ids >= self.gates.shape.num_experts).all(-1).cpu().numpy()
         scores[muted] = 0.0  # finished sequences and padding use nobody
         return [Prediction(layer + 1, scores)]
