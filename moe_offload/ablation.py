@@ -231,10 +231,8 @@ def command(args: argparse.Namespace) -> int:
     texts = args.prompt or _prompts(tiny_moe_path().parent / "prompts.json")
     prompts = [encode(tokenizer, text, model.config, args.max_new_tokens) for text in texts]
     makers: dict[str, Factory] = {
-        Path(name).name if Path(name).exists() else name: functools.partial(
-            make_predictor, name, path
-        )
-        for name in names
+        label: functools.partial(make_predictor, name, path)
+        for label, name in labelled(names).items()
     }
     rows = ablate(model, prompts, makers, max_new_tokens=args.max_new_tokens, repeats=args.repeats)
     offloader = get_offloader(model)
@@ -251,6 +249,15 @@ def command(args: argparse.Namespace) -> int:
         "Every run wrote the same tokens."
     )
     return 0
+
+
+def labelled(names: Sequence[str]) -> dict[str, str]:
+    """Names of rows to names of predictors: a folder by its last part, unless that is taken."""
+    found: dict[str, str] = {}
+    for name in names:
+        short = Path(name).name if Path(name).exists() else name
+        found[name if short in found else short] = name
+    return found
 
 
 def _packaged(path: str) -> list[str]:

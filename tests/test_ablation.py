@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ pytest.importorskip("transformers")
 from tiny_models import prompt_ids, tiny_model
 
 import moe_offload
-from moe_offload.ablation import AblationError, ablate, bound, table
+from moe_offload.ablation import AblationError, ablate, bound, labelled, table
 from moe_offload.cli import main
 from moe_offload.predictors import make_predictor
 from moe_offload.predictors.base import Predictor
@@ -84,3 +85,12 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture) -> None:
     assert "expected one of none, auto" in capsys.readouterr().err
     assert main(["ablate", "tiny", "--device-budget", "0%"]) == 2
     assert "device_budget" in capsys.readouterr().err
+
+
+def test_folders_of_one_name_keep_rows_of_their_own(tmp_path: Path) -> None:
+    one, two = tmp_path / "a" / "rpp", tmp_path / "b" / "rpp"
+    one.mkdir(parents=True)
+    two.mkdir(parents=True)
+    names = ["rpp", str(one), str(two), "previous"]
+    assert list(labelled(names).values()) == names
+    assert labelled([str(one)]) == {"rpp": str(one)}
