@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,17 +83,24 @@ def disk_sweep(
     return rows
 
 
-def memory_read(num_bytes: int = 1 << 29, repeats: int = 5) -> float:
-    """GB/s of reading memory once through with one thread per core; best of `repeats`."""
+def memory_reader(num_bytes: int = 1 << 29) -> Callable[[], float]:
+    """A function that reads memory once through with one thread per core and returns GB/s."""
     cores = len(os.sched_getaffinity(0))
     parts = [np.ones(num_bytes // 8 // cores, dtype=np.int64) for _ in range(cores)]
-    times = []
-    with ThreadPoolExecutor(cores) as pool:  # numpy sums without the interpreter lock
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            list(pool.map(np.sum, parts))
-            times.append(time.perf_counter() - start)
-    return sum(part.nbytes for part in parts) / min(times[1:]) / 1e9
+    pool = ThreadPoolExecutor(cores)  # numpy sums without the interpreter lock
+
+    def read() -> float:
+        start = time.perf_counter()
+        list(pool.map(np.sum, parts))
+        return sum(part.nbytes for part in parts) / (time.perf_counter() - start) / 1e9
+
+    return read
+
+
+def memory_read(num_bytes: int = 1 << 29, repeats: int = 5) -> float:
+    """GB/s of reading memory once through with one thread per core; best of `repeats`."""
+    read = memory_reader(num_bytes)
+    return max([read() for _ in range(repeats + 1)][1:])
 
 
 def memory_copy(num_bytes: int = 1 << 20, repeats: int = 200) -> float:
