@@ -49,9 +49,14 @@ SHAPES = {
     "qwen3": Shape("Qwen3-30B-A3B", 2048, 768, 8, 64),
     "olmoe": Shape("OLMoE", 2048, 1024, 8, 64),
     "mixtral": Shape("Mixtral", 4096, 14336, 2, 4),
+    "gpt_oss": Shape("gpt-oss", 2880, 2880, 4, 16, gpt_oss=True),
 }
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-QUICK = {"quick": Shape("toy", 64, 32, 2, 4)}
+QUICK = {
+    "quick": Shape("toy", 64, 32, 2, 4),
+    "quick_gpt_oss": Shape("toy gpt-oss", 64, 32, 2, 4, gpt_oss=True),
+}
+SILU = Activation("silu")
 SAMPLED_TOKENS = 16
 WARMED_TOKENS = 16  # calls of up to so many tokens take milliseconds: waking a thread would show
 ERROR_FACTOR = 1.2
@@ -110,9 +115,9 @@ def errors(
     """Root mean square error of sampled tokens against fp64, by contender."""
     hidden, ids, topk = draw(shape, tokens, seed=10_000 + tokens)
     sample = torch.linspace(0, tokens - 1, min(tokens, SAMPLED_TOKENS)).long()
-    silu = Activation("silu")
+    act = Activation("clamped_swiglu", True, 1.702, 7.0, 1.0) if shape.gpt_oss else SILU
     got = {one.name: one.run(hidden, ids, topk)[sample].double() for one in running}
-    exact = reference.expert_ffn(hidden[sample], gate_up, down, ids[sample], topk[sample], silu)
+    exact = reference.expert_ffn(hidden[sample], gate_up, down, ids[sample], topk[sample], act)
     return {name: float((out - exact).square().mean().sqrt()) for name, out in got.items()}
 
 

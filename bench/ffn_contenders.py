@@ -26,13 +26,18 @@ BATCHED_LIMIT_BYTES = 2 << 30  # batched_mm gathers a copy of every row's expert
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer: E experts of H x F, A of them per token."""
+    """One layer: E experts of H x F, A of them per token.
+
+    `gpt_oss`: its layout and arithmetic, transposed weights, alternating gate and up with a clamp,
+    biases. Only transformers computes those besides us.
+    """
 
     name: str
     hidden: int
     inner: int
     top_k: int
     experts: int
+    gpt_oss: bool = False
 
     @property
     def expert_bytes(self) -> int:
@@ -56,6 +61,8 @@ class Contender:
 def contenders(shape: Shape, gate_up: Tensor, down: Tensor) -> tuple[list[Contender], list[str]]:
     """Everything that runs here, ours first, and why others do not."""
     absent: list[str] = []
+    if shape.gpt_oss:
+        return gpt_oss_contenders(shape, gate_up, down)
     found = [
         Contender(
             "ours", lambda x, ids, w: functional.expert_ffn(x, gate_up, down, ids, w), peer=False
@@ -86,6 +93,51 @@ def contenders(shape: Shape, gate_up: Tensor, down: Tensor) -> tuple[list[Conten
                 continue
             found.append(Contender(f"kt-kernel {kind}", kt_kernel(kind, shape, gate_up, down)))
     return found, absent
+
+
+def gpt_oss_contenders(
+    shape: Shape, gate_up: Tensor, down: Tensor
+) -> tuple[list[Contender], list[str]]:
+    """transformers' gpt-oss experts on these weights, stored its way, by every implementation.
+
+    Only `gate_up` [E, 2F, H] in halves and `down` [E, H, F] are given; biases are zeros, added all
+    the same, and the transposed copy is what everybody reads.
+    """
+    import moe_offload.huggingface  # noqa: F401  registers "moe_offload"
+
+    module = gpt_oss_module(shape, gate_up, down)
+    found = [Contender("ours", by_transformers(module, "moe_offload"), peer=False)]
+    for name in ("grouped_mm", "eager", "batched_mm"):
+        skip: Callable[[int], str | None] = lambda _: None  # noqa: E731
+        if name == "batched_mm":
+            skip = gathers_too_much(shape)
+        found.append(Contender(f"transformers {name}", by_transformers(module, name), skip=skip))
+    return found, ["kt-kernel: its bf16 classes have neither the clamped gate nor biases"]
+
+
+def gpt_oss_module(shape: Shape, gate_up: Tensor, down: Tensor) -> Any:
+    """transformers' gpt-oss experts on a transposed copy of the weights."""
+    from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    config = GptOssConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+    )
+    with torch.device("meta"):
+        module = GptOssExperts(config)
+    alternating = torch.stack(gate_up.chunk(2, dim=1), dim=2).flatten(1, 2)
+    tensors = {
+        "gate_up_proj": alternating.transpose(1, 2).contiguous(),
+        "down_proj": down.transpose(1, 2).contiguous(),
+        "gate_up_proj_bias": gate_up.new_zeros(shape.experts, 2 * shape.inner),
+        "down_proj_bias": gate_up.new_zeros(shape.experts, shape.hidden),
+    }
+    for name, tensor in tensors.items():
+        setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
+    return module.eval()
 
 
 def functional_isa(dtype: torch.dtype) -> str:

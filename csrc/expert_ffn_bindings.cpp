@@ -34,12 +34,13 @@ struct ExpertFfn {
     const Kernels* kernels;
 };
 
-using View = std::tuple<uintptr_t, int64_t, int64_t>;  // address, slot stride, row stride
+// address, slot stride, row stride, k stride
+using View = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
 WeightView view(const std::optional<View>& given) {
     if (!given) return {};
-    const auto [address, slot_stride, row_stride] = *given;
-    return {reinterpret_cast<const std::byte*>(address), slot_stride, row_stride};
+    const auto [address, slot_stride, row_stride, k_stride] = *given;
+    return {reinterpret_cast<const std::byte*>(address), slot_stride, row_stride, k_stride};
 }
 
 ExpertFfn make_ffn(int64_t hidden, int64_t inner, int64_t num_experts, const std::string& dtype,
@@ -94,7 +95,8 @@ void bind_expert_ffn(py::module_& m) {
              }),
              "up"_a, "down"_a, "gate"_a = py::none(), "up_bias"_a = py::none(),
              "down_bias"_a = py::none(), "gate_bias"_a = py::none(),
-             "Each view: (address of slot 0, bytes to the next slot, bytes to the next row).");
+             "Each view: (address of slot 0, bytes to the next slot, to the next row, to the next "
+             "element of a row).");
 
     py::class_<FfnRun>(m, "FfnRun")
         .def_property_readonly("experts", &FfnRun::experts)

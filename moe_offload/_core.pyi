@@ -156,7 +156,8 @@ class Pager:
         evict_probability: float = 0.0,
     ) -> None: ...
 
-View = tuple[int, int, int]  # address of slot 0, bytes to the next slot, bytes to the next row
+# address of slot 0, bytes to the next slot, to the next row, to the next element of a row
+View = tuple[int, int, int, int]
 
 def cpu_isas(dtype: str) -> list[str]: ...
 

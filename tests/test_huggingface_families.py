@@ -98,12 +98,8 @@ def test_who_computes_the_experts_is_known_and_reported(entry: object) -> None:
     with moe_offload.offload(model, device_budget="50%") as offloader:
         stats = offloader.stats()
     reasons = {row["passed_over"] for row in stats["per_layer"]}
-    if entry.name == "gpt_oss":
-        assert stats["expert_backend"] == "grouped_mm"
-        assert reasons == {"native: its weights are stored transposed, [K, N]"}
-    else:
-        assert stats["expert_backend"] == "native"
-        assert reasons == {None}
+    assert stats["expert_backend"] == "native"
+    assert reasons == {None}
 
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.name)

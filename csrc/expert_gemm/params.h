@@ -6,9 +6,9 @@
 //     y    = (h W_down^T + b_down) * topk_weight                  rounded likewise, [H]
 //     out  = sum of a token's y in the order of the router's choices, summed in fp32
 //
-// Accumulation is fp32. Weights are read where they are: row-major, one row per output, any
-// distance between rows, so a page of a checkpoint, a fused [E, 2F, H] tensor, and gate and up rows
-// that alternate (row_stride = 2 rows) are all only other numbers here.
+// Accumulation is fp32. Weights are read where they are: one row per output, any distance between
+// rows, so a page of a checkpoint, a fused [E, 2F, H] tensor, gate and up rows that alternate
+// (row_stride = 2 rows), and transposed matrices are all only other numbers here.
 #pragma once
 
 #include <cstddef>
@@ -38,12 +38,15 @@ struct ActivationSpec {
     float alpha = 1.0f, limit = 0.0f, offset = 0.0f;  // kClampedSwiglu only
 };
 
-// Row n of the matrix in slot s begins at base + s * slot_stride + n * row_stride (bytes). A bias
-// is a matrix of one-element rows. base == nullptr: there is none.
+// Element k of row n of the matrix in slot s is at base + s * slot_stride + n * row_stride +
+// k * k_stride (bytes). Either k_stride is an element, or the matrix is stored transposed: rows are
+// one element apart, or two where gate and up alternate (gate begins with the base, up one element
+// behind). A bias is a matrix of one-element rows. base == nullptr: there is none.
 struct WeightView {
     const std::byte* base = nullptr;
     int64_t slot_stride = 0;
     int64_t row_stride = 0;
+    int64_t k_stride = 0;  // of no meaning for a bias
 
     const std::byte* slot(int64_t s) const { return base ? base + s * slot_stride : nullptr; }
 };

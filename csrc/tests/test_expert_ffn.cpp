@@ -67,6 +67,8 @@ struct Problem {
     FfnShape shape;
     int64_t tokens, top_k;
     std::vector<std::byte> hidden, gate_up, down;
+    std::vector<std::byte> gate_up_t,
+        down_t;  // the same as [E, H, 2F], gate and up in turn; [E, F, H]
     std::vector<int64_t> ids;
     std::vector<float> weights;
 
@@ -76,6 +78,21 @@ struct Problem {
         hidden = draw(dtype, t * h, 1.0f, 1);
         gate_up = draw(dtype, e * 2 * f * h, 0.25f, 2);
         down = draw(dtype, e * h * f, 0.25f, 3);
+        gate_up_t.resize(gate_up.size());
+        down_t.resize(down.size());
+        const size_t item = item_size(dtype);
+        const auto copy = [&](auto& to, int64_t i, const auto& from, int64_t j) {
+            std::memcpy(to.data() + static_cast<size_t>(i) * item,
+                        from.data() + static_cast<size_t>(j) * item, item);
+        };
+        for (int64_t s = 0; s < e; ++s)
+            for (int64_t k = 0; k < h; ++k)
+                for (int64_t n = 0; n < f; ++n) {
+                    copy(gate_up_t, (s * h + k) * 2 * f + 2 * n, gate_up, (s * 2 * f + n) * h + k);
+                    copy(gate_up_t, (s * h + k) * 2 * f + 2 * n + 1, gate_up,
+                         (s * 2 * f + f + n) * h + k);
+                    copy(down_t, (s * f + n) * h + k, down, (s * h + k) * f + n);
+                }
         std::mt19937 rng(4);
         for (size_t i = 0; i < ids.size(); ++i) {
             ids[i] = static_cast<int64_t>(rng() % static_cast<uint32_t>(e + 1));  // e: not ours
@@ -89,9 +106,18 @@ struct Problem {
         const auto item = static_cast<int64_t>(item_size(shape.dtype));
         const int64_t h = shape.hidden, f = shape.inner, row = h * item;
         FfnWeights w;
-        w.gate = {gate_up.data(), 2 * f * row, row};
-        w.up = {gate_up.data() + f * row, 2 * f * row, row};
-        w.down = {down.data(), h * f * item, f * item};
+        w.gate = {gate_up.data(), 2 * f * row, row, item};
+        w.up = {gate_up.data() + f * row, 2 * f * row, row, item};
+        w.down = {down.data(), h * f * item, f * item, item};
+        return w;
+    }
+    FfnWeights transposed_views() const {
+        const auto item = static_cast<int64_t>(item_size(shape.dtype));
+        const int64_t h = shape.hidden, f = shape.inner;
+        FfnWeights w;
+        w.gate = {gate_up_t.data(), 2 * f * h * item, 2 * item, 2 * f * item};
+        w.up = {gate_up_t.data() + item, 2 * f * h * item, 2 * item, 2 * f * item};
+        w.down = {down_t.data(), h * f * item, item, h * item};
         return w;
     }
     double at(const std::vector<std::byte>& v, int64_t i) const {
@@ -121,7 +147,9 @@ struct Problem {
         }
         return out;
     }
-    std::vector<std::byte> run(const Kernels& kernels, int threads, uint32_t portions) const {
+    std::vector<std::byte> run(const Kernels& kernels, int threads, uint32_t portions,
+                               bool transposed = false) const {
+        const FfnWeights stored = transposed ? transposed_views() : views();
         FfnRun run(shape, inputs(), kernels, threads);
         std::vector<std::pair<int32_t, int32_t>> ready;
         for (size_t i = 0; i < run.experts().size(); ++i)
@@ -131,7 +159,7 @@ struct Problem {
         for (size_t i = 0; i < ready.size();) {
             const size_t count =
                 portions ? std::min<size_t>(1 + rng() % 3, ready.size() - i) : ready.size();
-            run.compute(views(), std::span(ready).subspan(i, count));
+            run.compute(stored, std::span(ready).subspan(i, count));
             i += count;
         }
         std::vector<std::byte> out(hidden.size(), std::byte{0xff});  // NaN in every dtype
@@ -163,6 +191,7 @@ void every_instruction_set_is_right() {
                     std::fprintf(stderr, "%s dtype %d T %ld: %g\n", kernels->isa,
                                  static_cast<int>(dtype), static_cast<long>(t), relative);
                 CHECK(relative <= bound);
+                CHECK(problem.run(*kernels, 2, 0, true) == got);
             }
         }
 }
@@ -173,7 +202,8 @@ void bits_do_not_depend_on_portions_or_threads() {
         const Kernels& kernels = *best_kernels(Dtype::kBF16);
         const std::vector<std::byte> want = problem.run(kernels, 1, 0);
         for (uint32_t seed = 1; seed < 6; ++seed)
-            CHECK(problem.run(kernels, static_cast<int>(seed), seed) == want);
+            for (const bool transposed : {false, true})
+                CHECK(problem.run(kernels, static_cast<int>(seed), seed, transposed) == want);
     }
 }
 

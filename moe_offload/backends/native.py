@@ -33,21 +33,22 @@ class Native:
         return None  # _core is always built, and its plain path runs everywhere
 
     def supports(self, module: Any, layout: PageLayout) -> str | None:
-        if module.is_transposed:
-            return "its weights are stored transposed, [K, N]"
         return unsupported(module, [section.dtype for section in layout.sections], DTYPES)
 
     def bind(self, module: Any, layout: PageLayout, num_experts: int) -> BoundLayer:
         activation = recognise(module)
         assert isinstance(activation, Activation), "bind follows a supports() of None"
         shapes = {section.name: section.shape for section in layout.sections}
+        transposed = module.is_transposed
+        hidden, inner = shapes["down_proj"][::-1] if transposed else shapes["down_proj"]
         return BoundLayer(
             activation,
-            hidden=shapes["down_proj"][0],
-            inner=shapes["down_proj"][1],
+            hidden=hidden,
+            inner=inner,
             num_experts=num_experts,
             dtype=layout.sections[0].dtype,
             concatenated=getattr(module, "is_concatenated", True),
+            transposed=transposed,
         )
 
 
@@ -59,6 +60,7 @@ class BoundLayer:
         hidden, inner, num_experts: H, F, E.
         dtype: of the weights; hidden states are converted to it, as grouped_mm does.
         concatenated: gate and up are two halves of the first projection; else its rows alternate.
+        transposed: matrices are [K, N], as gpt-oss has them.
         isa: instruction set, "auto" for the best one.
     """
 
@@ -70,11 +72,12 @@ class BoundLayer:
         num_experts: int,
         dtype: torch.dtype,
         concatenated: bool = True,
+        transposed: bool = False,
         isa: str = "auto",
     ) -> None:
         self.activation, self.dtype = activation, dtype
         self.hidden, self.inner, self.num_experts = hidden, inner, num_experts
-        self._concatenated = concatenated
+        self._concatenated, self._transposed = concatenated, transposed
         self.ffn = _core.ExpertFfn(
             hidden=hidden,
             inner=inner,
@@ -100,19 +103,23 @@ class BoundLayer:
         return self._slots
 
     def weights(self, tensors: Mapping[str, Tensor]) -> _core.FfnWeights:
-        """Parameters [E or S, ...] by name as the kernels address them; rows must be contiguous."""
+        """Parameters [E or S, ...] by name as the kernels address them; matrices contiguous."""
         first = "gate_up_proj" if self.activation.gated else "up_proj"
-        gate, up = self._halves(tensors[first])
+        gate, up = self._halves(self._rows(tensors[first]))
         bias, down_bias = tensors.get(f"{first}_bias"), tensors.get("down_proj_bias")
         gate_bias, up_bias = self._halves(bias) if bias is not None else (None, None)
         return _core.FfnWeights(
             up=_view(up),
-            down=_view(tensors["down_proj"]),
+            down=_view(self._rows(tensors["down_proj"])),
             gate=_view(gate) if gate is not None else None,
             up_bias=_view(up_bias) if up_bias is not None else None,
             down_bias=_view(down_bias) if down_bias is not None else None,
             gate_bias=_view(gate_bias) if gate_bias is not None else None,
         )
+
+    def _rows(self, matrices: Tensor) -> Tensor:
+        """[E, N, K], however they are stored."""
+        return matrices.transpose(1, 2) if self._transposed else matrices
 
     def _halves(self, both: Tensor) -> tuple[Tensor | None, Tensor]:
         """Gate and up of a first projection or its bias, [E, 2F, ...] -> [E, F, ...] each."""
@@ -123,10 +130,10 @@ class BoundLayer:
         return both[:, ::2], both[:, 1::2]
 
 
-def _view(tensor: Tensor) -> tuple[int, int, int]:
+def _view(tensor: Tensor) -> tuple[int, int, int, int]:
     item = tensor.element_size()
-    assert tensor.dim() == 2 or tensor.stride(2) == 1, "rows of weights must be contiguous"
-    return tensor.data_ptr(), tensor.stride(0) * item, tensor.stride(1) * item
+    k_stride = tensor.stride(2) if tensor.dim() == 3 else 1
+    return tensor.data_ptr(), tensor.stride(0) * item, tensor.stride(1) * item, k_stride * item
 
 
 class NativeRun:

@@ -45,8 +45,10 @@ class FfnRun {
 
     void compute_batch(const FfnWeights& weights, std::span<const Group> groups, size_t x_bytes,
                        size_t h_bytes);
-    // Cuts `size` weight rows of every group into tasks of about equal time.
-    std::vector<Task> cut(std::span<const Group> groups, int64_t size, int64_t row_bytes) const;
+    // Cuts `size` weight rows of every group into tasks of about equal time, at multiples of
+    // `step`.
+    std::vector<Task> cut(std::span<const Group> groups, int64_t size, int64_t row_bytes,
+                          int64_t step) const;
     int threads_for(std::span<const Group> groups, int64_t row_bytes) const;
 
     FfnShape shape_;

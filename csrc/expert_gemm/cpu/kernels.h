@@ -1,4 +1,4 @@
-// The seam between the order of work (ffn_run.cpp) and the instruction sets: five functions per
+// The seam between the order of work (ffn_run.cpp) and the instruction sets: eight functions per
 // (instruction set, dtype), picked at run time.
 //
 // An expert with few rows is bound by the bytes of its weights, one with many by arithmetic; the
@@ -76,6 +76,9 @@ struct Kernels {
     void (*gate_up_many)(const GateUpArgs&);
     void (*down_few)(const DownArgs&);
     void (*down_many)(const DownArgs&);
+    // Columns of a transposed matrix to rows, see transpose.h.
+    void (*transpose)(const std::byte* from, int64_t k_stride, int64_t columns, int64_t k_size,
+                      int64_t prefetch, std::byte* to, int64_t to_stride);
     // out[i] = sum over a of y[a * stride + i], in order, skipping a where use[a] is false.
     void (*combine)(const std::byte* y, int64_t stride, const bool* use, int64_t top_k, int64_t n,
                     void* out);

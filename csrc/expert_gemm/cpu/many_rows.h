@@ -14,6 +14,7 @@
 #include "expert_gemm/cpu/few_rows.h"
 #include "expert_gemm/cpu/kernels.h"
 #include "expert_gemm/cpu/ops.h"
+#include "expert_gemm/cpu/transpose.h"
 
 namespace moe_offload {
 namespace {
@@ -355,6 +356,7 @@ Kernels make_kernels(const char* isa) {
     k.gate_up_many = &gate_up_many<Tile>;
     k.down_few = &down_few<FewOp>;
     k.down_many = &down_many<Tile>;
+    k.transpose = &transpose_panel<typename Op::T>;
     k.combine = &combine_rows<Op>;
     return k;
 }
