@@ -7,12 +7,14 @@ with the triton package.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -82,12 +84,20 @@ def main() -> int:
         sys.exit("cuda-check: needs nvcc on PATH and cuobjdump (of the toolkit or of triton)")
     architectures = sys.argv[1:] or ARCHITECTURES
     start, problems = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((CSRC / "expert_gemm" / "cuda").glob("*.cu")):
-            for arch in architectures:
-                target, spills = compile_one(nvcc, source, arch, Path(folder))
-                problems += spills + broken_promises(cuobjdump, target, arch)
-                print(f"{source.name} sm_{arch}: compiled, {time.perf_counter() - start:.0f} s")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def problems_of(source: Path, arch: str) -> list[str]:
+            target, spills = compile_one(nvcc, source, arch, Path(folder))
+            found = spills + broken_promises(cuobjdump, target, arch)
+            print(f"{source.name} sm_{arch}: compiled, {time.perf_counter() - start:.0f} s")
+            return found
+
+        sources = sorted((CSRC / "expert_gemm" / "cuda").glob("*.cu"))
+        jobs = [
+            pool.submit(problems_of, source, arch) for source in sources for arch in architectures
+        ]
+        for job in jobs:
+            problems += job.result()
     seconds = time.perf_counter() - start
     if seconds > LIMIT_S:
         problems.append(f"compiling took {seconds:.0f} s, more than {LIMIT_S}")
