@@ -4,10 +4,12 @@ Every case is checked against float64 first, on a subset of tokens; a contender 
 no time. Routing is uniform, weights are random, several sets of experts rotate so that L2 is cold,
 and each variant is timed as a captured graph, variants alternating. The floor is the larger of
 (distinct experts' bytes / measured copy rate) and (FLOPs / measured GEMM rate) of this session.
+Quantised pages have the same columns; their bytes include the scales, their FLOPs are bf16's.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +38,14 @@ MODELS = {
 }
 DECODE = (1, 2, 4, 8, 16, 32, 64)
 PREFILL = (256, 1024, 4096, 16384)
+# Quantised pages: shapes, format, int4's group, as published; at fewer token counts.
+QUANTISED = (
+    ("gpt-oss shapes", "mxfp4", 0),
+    ("Qwen3-30B-A3B", "fp8_block", 0),
+    ("DeepSeek-V3 shard", "fp8_block", 0),
+    ("DeepSeek-V3 shard", "int4_group", 32),
+)
+QUANTISED_TOKENS = (1, 8, 64, 4096)
 SETS_BYTES = 3 << 30  # weights that rotate: many times any L2
 
 Work = Callable[[], Tensor]
@@ -65,25 +75,52 @@ def median_seconds(works: list[Callable[[], object]], rounds: int) -> float:
     return statistics.median(times[len(works) :] or times)
 
 
+def fill(form: str, codes: Tensor, scales: Tensor | None, columns: int) -> None:
+    """Random weights of about 1 / sqrt(columns): uniform codes, which no cache can compress."""
+    size = columns**-0.5
+    if form == "plain":
+        codes.normal_(std=size)
+    elif form == "fp8_block" and scales is not None:
+        codes.view(torch.uint8).random_(256)
+        codes.view(torch.uint8).masked_fill_((codes.view(torch.uint8) & 127) == 127, 0)  # NaN
+        scales.uniform_(0.5, 1.5).mul_(size / 100)  # the root mean square of the codes
+    elif form == "mxfp4" and scales is not None:
+        codes.random_(256)
+        scales.fill_(round(127 + math.log2(size / 2.9)))
+    elif form == "int4_group" and scales is not None:
+        codes.random_(-(2**31), 2**31 - 1)
+        scales.uniform_(0.5, 1.5).mul_(size / 4.6)
+
+
 class Layer:
     """One set of experts and a routing, in the layouts the contenders want."""
 
-    def __init__(self, model: str, tokens: int) -> None:
+    def __init__(self, model: str, tokens: int, form: str = "plain", group: int = 0) -> None:
         from moe_offload.cuda_kernels import CudaExperts, ExpertShape, SlabPages
         from moe_offload.pages import PageLayout
+        from moe_offload.quantization import specs
 
         experts, top_k, hidden, inner = MODELS[model]
         dtype = torch.bfloat16
-        one = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
-        layout = PageLayout.build({name: (shape, dtype) for name, shape in one.items()})
+        self.form = form
+        sizes = {"up": (2 * inner, hidden), "down": (hidden, inner)}
+        sections = {}
+        for name, (rows, columns) in sizes.items():
+            sections[name], scales = specs(form, rows, columns, dtype, group)
+            if scales is not None:
+                sections[f"{name}_scales"] = scales
+        layout = PageLayout.build(sections)
         self.slab = torch.empty(experts * layout.slot_stride, dtype=torch.uint8, device="cuda")
-        views = layout.views(self.slab)
-        self.gate_up = views["gate_up_proj"].normal_(std=hidden**-0.5)  # [E, 2F, H], strided
-        self.down = views["down_proj"].normal_(std=inner**-0.5)
+        self.views = layout.views(self.slab)
+        for name, (_, columns) in sizes.items():
+            fill(form, self.views[name], self.views.get(f"{name}_scales"), columns)
+        self.gate_up, self.down = self.views["up"], self.views["down"]  # [E, 2F, H], strided
         self.slot_of = torch.arange(experts, dtype=torch.int32, device="cuda")
         self.pages = SlabPages(self.slab, layout.slot_stride, self.slot_of)
-        offsets = [layout.section(name).offset for name in one]
-        self.kernels = CudaExperts(ExpertShape(hidden, inner, dtype, *offsets), experts)
+        names = {name: name for name in sections}
+        options = {"weight_format": form, "group_size": group}
+        shape = ExpertShape.of_layout(layout, hidden, inner, dtype, **names, **options)
+        self.kernels = CudaExperts(shape, experts)
         self.x = torch.randn(tokens, hidden, device="cuda", dtype=dtype)
         scores = torch.rand(tokens, experts, device="cuda")
         self.weights, self.ids = scores.topk(top_k, dim=-1)
@@ -97,7 +134,7 @@ class Layer:
         ends = counts.cumsum(0)
         self.groups = torch.stack([ends - counts, ends, found], 1).int().contiguous()
         self.all_ends = torch.bincount(flat, minlength=experts).cumsum(0).int()
-        self.bytes = len(found) * 3 * hidden * inner * 2
+        self.bytes = len(found) * layout.payload_bytes
         self.flops = 6 * len(flat) * hidden * inner
 
     def ours(self) -> Tensor:
@@ -126,13 +163,21 @@ class Layer:
         y = y * self.weights.reshape(-1, 1)
         return y.view(*self.ids.shape, -1).sum(1).to(self.x.dtype)
 
+    def matrix(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+        from moe_offload.quantization import dequantise
+
+        scales = self.views.get(f"{name}_scales")
+        codes = self.views[name][expert]
+        return dequantise(self.form, codes, None if scales is None else scales[expert], dtype)
+
     def reference(self, tokens: int, dtype: torch.dtype) -> Tensor:
         """The first tokens by plain loops, in float64 or, for torch's own error, in bf16."""
         out = torch.zeros(tokens, self.x.shape[1], device="cuda", dtype=torch.float64)
         for token in range(tokens):
             for rank, expert in enumerate(self.ids[token].tolist()):
-                gate, up = (self.gate_up[expert].to(dtype) @ self.x[token].to(dtype)).chunk(2)
-                y = self.down[expert].to(dtype) @ (torch.nn.functional.silu(gate) * up)
+                gate, up = (self.matrix("up", expert, dtype) @ self.x[token].to(dtype)).chunk(2)
+                inner = torch.nn.functional.silu(gate) * up
+                y = self.matrix("down", expert, dtype) @ inner
                 out[token] += y.double() * self.weights[token, rank].double()
         return out
 
@@ -192,22 +237,33 @@ def run(budget_s: float) -> Iterator[Row]:
     copy_rate, gemm_rate = roofs()
     yield {"case": "roofs", "gb_s": copy_rate / 1e9, "tflops": gemm_rate / 1e12}
     for tokens in (*DECODE, *PREFILL):
-        for model in MODELS:
+        cases = [(model, "plain", 0) for model in MODELS]
+        for model, form, group in cases + (list(QUANTISED) if tokens in QUANTISED_TOKENS else []):
             if time.perf_counter() > stop:
-                yield {"case": f"{model} T{tokens}", "note": "left out: the part's time is up"}
+                name = case_name(model, tokens, form)
+                yield {"case": name, "note": "left out: the part's time is up"}
                 continue
-            yield from measure(model, tokens, copy_rate, gemm_rate)
+            yield from measure(model, tokens, form, group, copy_rate, gemm_rate)
             torch.cuda.empty_cache()
 
 
-def measure(model: str, tokens: int, copy_rate: float, gemm_rate: float) -> Iterator[Row]:
+def case_name(model: str, tokens: int, form: str) -> str:
+    return f"{model} T{tokens}" + ("" if form == "plain" else f" {form}")
+
+
+def measure(
+    model: str, tokens: int, form: str, group: int, copy_rate: float, gemm_rate: float
+) -> Iterator[Row]:
     experts, _, hidden, inner = MODELS[model]
-    sets = max(1, min(4, SETS_BYTES // (experts * 6 * hidden * inner)))
-    layers = [Layer(model, tokens) for _ in range(sets)]
+    bits = {"plain": 16, "fp8_block": 8}.get(form, 4)
+    sets = max(1, min(4, SETS_BYTES * 8 // (experts * 3 * bits * hidden * inner)))
+    layers = [Layer(model, tokens, form, group) for _ in range(sets)]
     moved, flops = layers[0].bytes, layers[0].flops
     floor = max(moved / copy_rate, flops / gemm_rate)
     repeats = max(1, int(1e-3 / (floor * sets)))  # a graph of a millisecond or more
-    names = ["ours", "grouped_mm"] + (["batched_mm"] if tokens <= 8 else [])
+    names = ["ours"]
+    if form == "plain":  # torch has no grouped product of these quantised formats
+        names += ["grouped_mm"] + (["batched_mm"] if tokens <= 8 else [])
     found = {name: prepare(layers, name, repeats) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(12):  # alternating, so that clocks and neighbours treat all alike
@@ -215,7 +271,8 @@ def measure(model: str, tokens: int, copy_rate: float, gemm_rate: float) -> Iter
             if work is not None:
                 times[name].append(median_seconds([work], 1) / (repeats * sets))
     for name, (row, work) in found.items():
-        row = {"case": f"{model} T{tokens}", "variant": name, "floor_us": floor * 1e6, **row}
+        case = case_name(model, tokens, form)
+        row = {"case": case, "variant": name, "floor_us": floor * 1e6, **row}
         if work is not None:
             ordered = sorted(times[name][1:])
             seconds = statistics.median(ordered)

@@ -73,7 +73,7 @@ struct QuantisedMatrix {
         const double size = 1 / std::sqrt(double(columns));
         if (format == WeightFormat::fp8_block) {
             for (int64_t i = 0; i < scale_bytes(); i += 4) {
-                const float scale = float(size / 97 * factor(random));  // 97: e4m3's mean square
+                const float scale = float(size / 100 * factor(random));  // their r.m.s.
                 std::memcpy(scales + i, &scale, 4);
             }
         } else if (format == WeightFormat::mxfp4) {
