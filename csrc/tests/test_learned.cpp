@@ -171,6 +171,23 @@ void learned_recognises_repeated_text() {
     CHECK(total(replay(trace, "auto", 16), 300) * 10 < lru * 8);
 }
 
+// Large batches: every layer uses most of its experts, some more often than others. Arriving pages
+// must not push out what the next layers are about to need.
+void learned_does_not_thrash_when_layers_use_most_of_their_experts() {
+    std::mt19937 random(3);
+    Trace trace{4, 16, std::vector<Pass>(300)};
+    for (Pass& pass : trace.passes)
+        for (int32_t layer = 0; layer < trace.layers; ++layer) {
+            pass.emplace_back();
+            for (PageIndex expert = 0; expert < 16; ++expert)
+                if (random() % 16 < (expert < 4 ? 15u : 10u)) pass.back().push_back(expert);
+        }
+    const size_t best =
+        std::min(total(replay(trace, "lru", 16)), total(replay(trace, "lru-per-layer", 16)));
+    const size_t learned = total(replay(trace, "learned", 16));
+    CHECK(learned * 100 < best * 93);
+}
+
 // Also when nothing can be learned, when requests stream, and at the first passes.
 void auto_is_not_worse_than_lru() {
     for (const size_t slots : {8u, 16u, 48u})
@@ -199,17 +216,17 @@ void a_prompt_that_uses_every_expert_teaches_nothing() {
     for (uint64_t step = 1; step < 40; ++step) policy.request({0, one, {}, 1, step});
     std::vector<double> before;
     for (const PageIndex page : all) before.push_back(policy.worth(page));
-    CHECK(before[3] > 0.9);
+    CHECK(before[3] > 0.9 * 0.8);  // sure to be used, one pass from now
     CHECK_EQ(std::max_element(before.begin(), before.end()) - before.begin(), 3);
     policy.request({0, all, {}, 100, 40});
     for (const PageIndex page : all) CHECK_EQ(policy.worth(page), before[page]);
 }
 
-void auto_begins_as_an_lru_and_hands_over() {
+void auto_begins_with_learned_and_keeps_to_it_where_text_repeats() {
     const Trace trace = text(13, 400);
     const PolicySetting setting = setting_of(trace.layers, trace.experts, 16);
     Leader leader(setting);
-    CHECK_EQ(leader.leading(), std::string("lru-per-layer"));
+    CHECK_EQ(leader.leading(), std::string("learned"));
     uint64_t step = 0;
     for (const Pass& pass : trace.passes) {
         ++step;
@@ -277,10 +294,11 @@ void path_predictor_names_what_followed() {
 int main() {
     RUN(path_memory_agrees_with_its_definition);
     RUN(learned_recognises_repeated_text);
+    RUN(learned_does_not_thrash_when_layers_use_most_of_their_experts);
     RUN(auto_is_not_worse_than_lru);
     RUN(the_same_requests_bring_the_same_decisions);
     RUN(a_prompt_that_uses_every_expert_teaches_nothing);
-    RUN(auto_begins_as_an_lru_and_hands_over);
+    RUN(auto_begins_with_learned_and_keeps_to_it_where_text_repeats);
     RUN(prefetched_pages_stay_until_their_layer_is_routed);
     RUN(path_predictor_names_what_followed);
 }

@@ -8,8 +8,8 @@
 // lead passes only to a clearly better candidate. (Follow the leader, as in set
 // duelling: counts only, nothing random.)
 //
-// So where the text gives a forecast nothing to learn from, or in the first tokens, the cache is an
-// LRU; elsewhere it is `learned`.
+// So where the text gives a forecast nothing to learn from the cache becomes an LRU; elsewhere it
+// is `learned`, from the first token on.
 #pragma once
 
 #include "../slot_table.h"

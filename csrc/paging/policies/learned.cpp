@@ -13,11 +13,11 @@ namespace {
 // averages weighted 0.03 to 1 and every call learned from. The last three were not varied.
 constexpr size_t kPassesRemembered = 4096;
 constexpr size_t kNeighbours = 16;
+constexpr double kPassDiscount = UseForecast::kPassDiscount;
 constexpr float kAverageWeight = 0.3F;  // of the 20-visit average, in neighbours
-constexpr double kPassDiscount = 0.8;
-constexpr uint64_t kSamplePeriod = 5;  // one layer call in five is learned from
-constexpr uint64_t kSolvePeriod = 4;   // passes
-constexpr double kForget = 0.998;      // per solve: half forgotten after 1 400 passes
+constexpr uint64_t kSamplePeriod = 5;   // one layer call in five is learned from
+constexpr uint64_t kSolvePeriod = 4;    // passes
+constexpr double kForget = 0.998;       // per solve: half forgotten after 1 400 passes
 constexpr double kPriorStrength = 10.0;
 
 // Before anything is known: an even mixture of the averages and of the
