@@ -1,8 +1,8 @@
 """Cache policies on real routing: how far each is from the bound, and the speed of the replay.
 
-    python bench/replay.py FOLDER                 # fifteen minutes on one core
-    python bench/replay.py FOLDER --speed-only    # look-ups per second, half a minute
-    python bench/replay.py FOLDER --tokens 2000
+    python bench/replay.py FOLDER                       # ten minutes on one core
+    python bench/replay.py FOLDER --traces law,intent   # some; other results in the file are kept
+    python bench/replay.py FOLDER --speed-only          # look-ups per second, half a minute
 
 FOLDER holds the published traces that `moe_offload.trace_files` reads, and the prompts of
 bench/expertflow, on which the packaged model writes one more trace. Counts depend on nothing but
@@ -99,9 +99,9 @@ def packaged_model_writes(data: Path, num_prompts: int = 48, new_tokens: int = 8
 _GPT_OSS = "traces_gptoss20b/gptoss20b_decode_ids.npz"
 _GPT_OSS_PAGE = (3 * 2880 * 2880 + 3 * 2880) * 2  # with its biases
 TRACES = {
-    "gpt-oss-20b": Source(_published(f"{_GPT_OSS}#0-10000"), _GPT_OSS_PAGE),
+    "gpt-oss-20b": Source(_published(f"{_GPT_OSS}#0-5000"), _GPT_OSS_PAGE),
     # No constant of a policy was ever chosen on these two (docs/policies.md).
-    "gpt-oss-20b later": Source(_published(f"{_GPT_OSS}#100000-110000"), _GPT_OSS_PAGE),
+    "gpt-oss-20b later": Source(_published(f"{_GPT_OSS}#100000-105000"), _GPT_OSS_PAGE),
     "packaged model": Source(packaged_model_writes, 98304),
     "intent": _esft("intent"),
     "law": _esft("law"),
@@ -219,7 +219,7 @@ def _write(path: Path, results: Row) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with the published traces")
-    parser.add_argument("--tokens", type=int, default=10_000, help="of each trace at most")
+    parser.add_argument("--tokens", type=int, default=5000, help="of each trace at most")
     parser.add_argument("--traces", default=",".join(TRACES), help="some of them")
     parser.add_argument("--repeats", type=int, default=5, help="of the speed measurement")
     parser.add_argument("--speed-only", action="store_true", help="renew the speeds, keep the rows")
@@ -228,29 +228,37 @@ def main() -> None:
     pin_to_cores(1)
     path = RESULTS / (args.machine or machine_name()) / "replay.json"
     where = environment() | {"command": f"python bench/replay.py FOLDER --tokens {args.tokens}"}
+    results: Row = {"environments": {}, "page_bytes": {}, "tokens": {}, "rows": []}
+    for name in [] if args.speed_only else args.traces.split(","):
+        source = TRACES[name]
+        trace = source.read(args.data)
+        trace = trace.rows(slice(0, args.tokens)) if len(trace) > args.tokens else trace
+        part = table(name, trace, source.page_bytes)
+        shown = [row for row in part if row["batch"] in (1, 16) and row["cap"] == 0.25]
+        print_table(shown, {key: key for key in COLUMNS[1:]}, name)
+        results["rows"] += part
+        results["environments"][name] = where
+        results["page_bytes"][name] = source.page_bytes
+        results["tokens"][name] = len(trace)
     if args.speed_only:
-        results = json.loads(path.read_text())
-        columns = results.pop("columns")
-        results["rows"] = [dict(zip(columns, row, strict=True)) for row in results["rows"]]
-        results["speed_environment"] = where | {
-            "command": "python bench/replay.py FOLDER --speed-only"
-        }
-    else:
-        results = {"environment": where, "page_bytes": {}, "tokens": {}, "rows": []}
-        for name in args.traces.split(","):
-            source = TRACES[name]
-            trace = source.read(args.data)
-            trace = trace.rows(slice(0, args.tokens)) if len(trace) > args.tokens else trace
-            results["page_bytes"][name] = source.page_bytes
-            results["tokens"][name] = len(trace)
-            part = table(name, trace, source.page_bytes)
-            results["rows"] += part
-            shown = [row for row in part if row["batch"] in (1, 16) and row["cap"] == 0.25]
-            print_table(shown, {key: key for key in COLUMNS[1:]}, name)
-    speed = throughput(TRACES["gpt-oss-20b"].read(args.data).rows(slice(0, 5000)), args.repeats)
-    print_table(speed, {key: key for key in speed[0]}, "speed")
-    _write(path, results | {"throughput": speed})
+        trace = TRACES["gpt-oss-20b"].read(args.data).rows(slice(0, 5000))
+        results["throughput"] = throughput(trace, args.repeats)
+        results["environments"]["throughput"] = where
+        print_table(results["throughput"], {key: key for key in results["throughput"][0]})
+    _write(path, _added(path, results))
     print(f"\nwritten to {path.name}")
+
+
+def _added(path: Path, new: Row) -> Row:
+    """The results that are there, with what was measured now in the place of the same before."""
+    if not path.is_file():
+        return new
+    old = json.loads(path.read_text())
+    rows = [dict(zip(old["columns"], row, strict=True)) for row in old["rows"]]
+    kept = [row for row in rows if row["trace"] not in new["tokens"]]
+    merged = {key: old.get(key, {}) | new[key] for key in ("environments", "page_bytes", "tokens")}
+    throughput = new.get("throughput", old.get("throughput", []))
+    return merged | {"throughput": throughput, "rows": kept + new["rows"]}
 
 
 if __name__ == "__main__":
