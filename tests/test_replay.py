@@ -55,6 +55,23 @@ def test_a_recorded_run_is_reproduced_exactly(policy, budget, tmp_path):
     assert result.num_slots == pool.num_slots
 
 
+@pytest.mark.parametrize("policy", ["learned", "auto"])
+def test_what_a_policy_learns_live_it_learns_in_the_replay(policy):
+    """Long enough for fitted weights, at batches that are kept whole and ones that stream."""
+    model = tiny_model("qwen3_moe", num_hidden_layers=3)
+    with moe_offload.offload(model, "40%", policy=policy) as offloader:
+        with moe_offload.record(model) as trace:
+            for seed, batch in enumerate((1, 6, 2)):
+                inputs = prompt_ids(length=5, batch=batch, seed=seed)
+                model.generate(inputs, max_new_tokens=50, do_sample=False)
+        live = live_counters(offloader)
+    result = replay.replay_recorded(trace)
+    assert {name: result.per_layer[name] for name in live} == live
+    assert result.steps == 3 * 50
+    other = replay.replay_recorded(trace, "lru-per-layer")
+    assert other.per_layer["demand_misses"] != live["demand_misses"]
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu-per-layer", "forecast"])
 def test_rows_alone_give_the_same_counters(policy):
     """Without the pager's log: requests rebuilt from the routing of prefill and decode calls."""
