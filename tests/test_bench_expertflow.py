@@ -77,8 +77,9 @@ def test_every_preset_is_a_row(data: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == 2 * 4
+    assert len(rows) == 2 * 5
     for row in rows:
         assert 0 <= row["hit_rate_without_prefetch"] <= row["hit_rate"] <= 1
         assert row["distinct_per_step"] > 0
+        assert 0 < row["belady_kb_per_token"]
     assert {row["schedule"] for row in rows if row["preset"] == "expertflow"} == {"route"}

@@ -1,11 +1,16 @@
 """The study's live part: every preset on the packaged model, paged from disk.
 
 One process per preset would hide drift of the machine behind the order, so all presets of a setting
-run in one process, in turn, in alternating order; the first round warms the caches up and does not
-count, rates are medians over the others and bytes are their sums. Before any time counts, the
-tokens of every preset are compared with those of the resident model.
+run in one process, in turn, in alternating order. Each round has prompts of its own, because
+policies that learn would know a repeated text by heart; the first round fills the caches and does
+not count, rates are medians over the others and bytes are their sums. Before any time counts, the
+tokens of every preset are compared with those of the resident model. The resident model's requests,
+replayed under Belady with bypass, give the bytes no cache of that size can go below without
+prefetching, in first-come order.
 
-    python bench/expertflow/live.py --data FOLDER        about eight minutes
+    python bench/expertflow/live.py --data FOLDER               about ten minutes
+    python bench/expertflow/live.py --data FOLDER --part 1/5    a fifth of the settings, beside what
+                                                                the file has from other parts
     python bench/expertflow/live.py --data FOLDER --quick
 """
 
@@ -15,16 +20,20 @@ import argparse
 import gc
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import Row, environment, machine_name, median, pin_to_cores, print_table, save
+import numpy as np
+from harness import RESULTS, Row, environment, machine_name, median, pin_to_cores, print_table
 from workloads import WORKLOADS, prompts
 
-PRESETS = ("cache-moe", "se-moe", "expertflow", "auto")
+PRESETS = ("cache-moe", "se-moe", "pregated-moe", "expertflow", "auto")
+
+
+PAGE_BYTES = 98304  # an expert of the packaged model
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,10 @@ class Plan:
 
 
 def standard() -> Plan:
-    caps, batches = (0.125, 0.25, 0.5, 0.75), (1, 4, 16, 32)
+    caps, batches = (0.25, 0.5, 0.125, 0.75), (1, 4, 16, 32)
     grid = [Setting("mixed", cap, batch) for cap in caps for batch in batches]
     tasks = [Setting(task, 0.25, 16) for task in WORKLOADS]
-    return Plan(grid + tasks, 16, 2, 3)
+    return Plan(grid + tasks, 16, 2, 2)
 
 
 QUICK = Plan([Setting("mixed", 0.25, 4), Setting("alpaca", 0.5, 2)], 4, 2, 1)
@@ -73,7 +82,6 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...]) -> list[Row]:
     rows: list[Row] = []
     for number, setting in enumerate(plan.settings):
         print(f"{number + 1}/{len(plan.settings)} {setting}", file=sys.stderr, flush=True)
-        given = prompts(setting.workload, setting.batch * plan.num_running, data)
         options: dict[str, Any] = {
             "batch_size": setting.batch,
             "tokenizer": tokenizer,
@@ -81,7 +89,11 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...]) -> list[Row]:
             "eos_token_id": None,
             "num_running": plan.num_running,
         }
-        expected = moe_offload.batch_generate(resident, given, schedule="fifo", **options)
+        rounds = _rounds(setting, plan, data)
+        resident_runs = [
+            moe_offload.batch_generate(resident, given, schedule="fifo", **options)
+            for given in rounds
+        ]
         models = {
             preset: moe_offload.from_pretrained(
                 path, device_budget=f"{100 * setting.cap}%", preset=preset
@@ -89,19 +101,52 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...]) -> list[Row]:
             for preset in presets
         }
         reports: dict[str, list[Any]] = {preset: [] for preset in presets}
-        for turn in range(1 + plan.rounds):
+        for turn, given in enumerate(rounds):
             for preset in presets if turn % 2 == 0 else reversed(presets):
                 report = moe_offload.batch_generate(models[preset], given, **options)
-                if report.tokens != expected.tokens:
+                if report.tokens != resident_runs[turn].tokens:
                     raise SystemExit(f"WRONG TOKENS, so no times: {preset} at {setting}")
                 reports[preset].append(report)
+        slots = moe_offload.get_offloader(models[presets[0]]).stats()["num_slots"]
+        bound = _belady_kb_per_token(resident, rounds, options, slots)
         for preset in presets:
             offloader = moe_offload.get_offloader(models[preset])
-            rows.append(_row(setting, preset, reports[preset][1:], expected, offloader))
+            row = _row(setting, preset, reports[preset][1:], resident_runs[1:], offloader)
+            rows.append(row | {"belady_kb_per_token": bound})
             offloader.close()
         del models
         gc.collect()
     return rows
+
+
+def _rounds(setting: Setting, plan: Plan, data: Path) -> list[list[str]]:
+    """Prompts of each round; where a workload is too short (AIME has 30) they begin anew."""
+    each = setting.batch * plan.num_running
+    every = prompts(setting.workload, each * (1 + plan.rounds), data)
+    return [every[i * each : (i + 1) * each] for i in range(1 + plan.rounds)]
+
+
+def _belady_kb_per_token(
+    resident: Any, rounds: list[list[str]], options: dict[str, Any], slots: int
+) -> float:
+    """What decoding must fetch at least in the rounds that count, prompts before it included."""
+    import moe_offload
+    from moe_offload.replay import REQUEST, replay_events, requests
+    from moe_offload.traces import DECODE
+
+    calls_before = tokens = 0
+    with moe_offload.record(resident) as trace:
+        for number, given in enumerate(rounds):
+            report = moe_offload.batch_generate(resident, given, schedule="fifo", **options)
+            tokens += report.decode_tokens if number > 0 else 0
+            if number == 0:
+                calls_before = report.decode_steps
+    events = requests(trace, "recorded")
+    result = replay_events(events, trace.num_experts, "belady-bypass", num_slots=slots)
+    misses = result.misses[events.kinds == REQUEST].reshape(-1, trace.num_layers).sum(axis=1)
+    first_rows = np.unique(trace.call, return_index=True)[1]
+    decoding = np.flatnonzero(trace.phase[first_rows] == DECODE)[calls_before:]
+    return float(misses[decoding].sum() * PAGE_BYTES / tokens / 1e3)
 
 
 def _aligned(model: Any) -> Any:
@@ -111,7 +156,9 @@ def _aligned(model: Any) -> Any:
     return model
 
 
-def _row(setting: Setting, preset: str, reports: list[Any], expected: Any, offloader: Any) -> Row:
+def _row(
+    setting: Setting, preset: str, reports: list[Any], resident: list[Any], offloader: Any
+) -> Row:
     tokens = sum(report.decode_tokens for report in reports)
     steps = sum(report.decode_steps for report in reports)
     counters = {
@@ -137,12 +184,13 @@ def _row(setting: Setting, preset: str, reports: list[Any], expected: Any, offlo
         "total_kb_per_token": (counters["demand_bytes"] + moved) / tokens / 1e3,
         "stall_ms_per_token": 1e3 * counters["stall_seconds"] / tokens,
         "distinct_per_step": sum(r.distinct_experts for r in reports) / steps,
-        "distinct_per_step_in_order": expected.distinct_experts_per_step,
+        "distinct_per_step_in_order": sum(r.distinct_experts for r in resident)
+        / sum(r.decode_steps for r in resident),
         "grouping_ms_per_step": 1e3 * sum(r.grouping_seconds for r in reports) / steps,
         "kv_move_ms_per_step": 1e3 * sum(r.kv_move_seconds for r in reports) / steps,
         "expert_memory_saved": 1 - slots / every,
         "slots": offloader.stats()["num_slots"],
-        "resident_tokens_per_s": expected.decode_tokens / expected.decode_seconds,
+        "resident_tokens_per_s": median(r.decode_tokens / r.decode_seconds for r in resident),
     }
 
 
@@ -158,6 +206,7 @@ COLUMNS = {
     "wasted_kb_per_token": "wasted kB/tok",
     "total_kb_per_token": "total kB/tok",
     "stall_ms_per_token": "stall ms/tok",
+    "belady_kb_per_token": "Belady kB/tok",
     "distinct_per_step": "distinct/step",
 }
 
@@ -168,6 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the texts")
     parser.add_argument("--quick", action="store_true", help="two small settings")
+    parser.add_argument("--part", default="1/1", help="k/n: the k-th of n parts of the settings")
     parser.add_argument("--presets", default=",".join(PRESETS))
     parser.add_argument("--machine", help="name of the results folder; default: from the CPU")
     parser.add_argument("--output", type=Path, help="write the JSON here instead")
@@ -175,20 +225,32 @@ def main() -> None:
     pin_to_cores(2)
     record = environment()
     plan = QUICK if arguments.quick else standard()
-    rows = run(plan, arguments.data, tuple(arguments.presets.split(",")))
+    part, parts = map(int, arguments.part.split("/"))
+    first, last = (len(plan.settings) * k // parts for k in (part - 1, part))
+    some = replace(plan, settings=plan.settings[first:last])
+    rows = run(some, arguments.data, tuple(arguments.presets.split(",")))
     print_table(rows, COLUMNS, "Live on the packaged model; decoding only, tokens checked")
+    path = arguments.output
+    if path is None:
+        path = RESULTS / (arguments.machine or machine_name()) / "expertflow_live.json"
+    environments = {arguments.part: record}
+    if parts > 1 and path.is_file():  # beside what other parts measured
+        before = json.loads(path.read_text())
+        done = {(row["workload"], row["cap"], row["batch"]) for row in rows}
+        rows = [
+            row for row in before["rows"] if (row["workload"], row["cap"], row["batch"]) not in done
+        ] + rows
+        environments = before["environments"] | environments
     results = {
-        "environment": record,
+        "environments": environments,
         "new_tokens": plan.new_tokens,
         "num_running": plan.num_running,
         "rounds": plan.rounds,
         "rows": rows,
     }
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"written to {arguments.output}")
-    else:
-        print(f"written to {save('expertflow_live', results, arguments.machine or machine_name())}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {path.name}")
 
 
 if __name__ == "__main__":
