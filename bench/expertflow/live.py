@@ -224,6 +224,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pin_to_cores(2)
     record = environment()
+    record["command"] = f"python bench/expertflow/live.py --data FOLDER --part {arguments.part}"
     plan = QUICK if arguments.quick else standard()
     part, parts = map(int, arguments.part.split("/"))
     first, last = (len(plan.settings) * k // parts for k in (part - 1, part))
