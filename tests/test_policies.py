@@ -34,9 +34,9 @@ class SpyPager:
     def __init__(self, pager, uses_weights):
         self._pager, self.uses_weights, self.requests, self.sequences = pager, uses_weights, [], 0
 
-    def acquire(self, layer, experts, weights, num_tokens):
+    def acquire(self, layer, experts, weights, num_tokens, stream):
         self.requests.append((layer, list(experts), list(weights), num_tokens))
-        return self._pager.acquire(layer, experts, weights, num_tokens)
+        return self._pager.acquire(layer, experts, weights, num_tokens, stream)
 
     def begin_sequence(self):
         self.sequences += 1
