@@ -1,9 +1,12 @@
-// The Python face of the CPU expert kernels, part of `moe_offload._core`. Addresses are integers
-// (Tensor.data_ptr()); who passes them keeps the tensors alive until finish() has returned.
+// The Python face of the CPU expert kernels, and of the sort of routes that GPU kernels get, part
+// of `moe_offload._core`. Addresses are integers (Tensor.data_ptr()); who passes them keeps the
+// tensors alive until finish() has returned.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <array>
 
 #include "expert_gemm/cpu/ffn_run.h"
+#include "expert_gemm/route_sort.h"
 
 namespace py = pybind11;
 using namespace moe_offload;
@@ -71,9 +74,23 @@ FfnRun start(const ExpertFfn& ffn, uintptr_t hidden, uintptr_t topk_ids, bool id
     return FfnRun(ffn.shape, inputs, *ffn.kernels, num_threads);
 }
 
+void sort_routes_at(uintptr_t ids, bool ids_are_int64, int32_t num_routes, int32_t num_experts,
+                    const std::array<uintptr_t, 5>& maps) {
+    const auto at = [&maps](size_t i) { return reinterpret_cast<int32_t*>(maps[i]); };
+    const RouteMaps to{at(0), at(1), at(2), at(3), at(4)};
+    if (ids_are_int64)
+        sort_routes(reinterpret_cast<const int64_t*>(ids), num_routes, num_experts, to);
+    else
+        sort_routes(reinterpret_cast<const int32_t*>(ids), num_routes, num_experts, to);
+}
+
 }  // namespace
 
 void bind_expert_ffn(py::module_& m) {
+    m.def("sort_routes", &sort_routes_at, py::kw_only(), "ids"_a, "ids_are_int64"_a, "num_routes"_a,
+          "num_experts"_a, "maps"_a, ReleaseGil(),
+          "Sorts routes by expert into int32 maps, in the order of RouteMaps (route_sort.h).");
+
     m.def(
         "cpu_isas",
         [](const std::string& dtype) {

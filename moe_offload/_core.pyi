@@ -159,6 +159,9 @@ class Pager:
 # address of slot 0, bytes to the next slot, to the next row, to the next element of a row
 View = tuple[int, int, int, int]
 
+def sort_routes(
+    *, ids: int, ids_are_int64: bool, num_routes: int, num_experts: int, maps: list[int]
+) -> None: ...
 def cpu_isas(dtype: str) -> list[str]: ...
 
 class FfnWeights:

@@ -6,8 +6,10 @@ and everything else on the device. Nothing here touches CUDA before `open_device
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,6 +128,12 @@ def check_capability(cuda: _core.CudaDevice, archs: list[str]) -> None:
             f"({torch.__version__}) has kernels for {min(known) // 10}.{min(known) % 10} and newer."
             ' Install a torch built for this GPU, or use device="cpu".'
         )
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor on the device, through pinned memory: the host does not wait for it."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def read_ids(ids: Tensor) -> Tensor:

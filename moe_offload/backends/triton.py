@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_offload.activations import Activation, recognise, unsupported
+from moe_offload.backends.routes import SortedRoutes
+from moe_offload.device import to_device
 
 if TYPE_CHECKING:
     from moe_offload.pager import ExpertPool
@@ -42,13 +44,13 @@ class TritonExperts:
     def supports(self, module: Any, layout: PageLayout) -> str | None:
         return unsupported(module, [section.dtype for section in layout.sections], _FLOATS)
 
-    def bind(self, module: Any, layout: PageLayout, num_experts: int) -> _Bound:
+    def bind(self, module: Any, layout: PageLayout, num_experts: int) -> BoundTriton:
         activation = recognise(module)
         assert isinstance(activation, Activation), "bind follows a supports() of None"
-        return _Bound(module, activation, num_experts)
+        return BoundTriton(module, activation, num_experts)
 
 
-class _Bound:
+class BoundTriton:
     """What the kernels need to know of a layer."""
 
     def __init__(self, module: Any, activation: Activation, num_experts: int) -> None:
@@ -69,15 +71,20 @@ class _Run:
     """One call of a layer: rows sorted once, then both projections of whoever has arrived."""
 
     def __init__(
-        self, bound: _Bound, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
+        self, bound: BoundTriton, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> None:
-        from moe_offload.triton_kernels.permute import permute
+        from moe_offload.triton_kernels.permute import Permutation
 
         self._bound, self._hidden, self._weights = bound, hidden, topk_weights
-        self._rows = permute(topk_ids.contiguous(), bound.num_experts)
-        # The one read that makes the host wait: the pager must know which experts are wanted.
-        active = torch.cat([self._rows.num_active, self._rows.active_experts]).tolist()
-        self.experts: list[int] = active[1 : 1 + active[0]]
+        routes = SortedRoutes(topk_ids, bound.num_experts)
+        self.experts = routes.experts
+        self._rows = Permutation(
+            routes.route_of_row,
+            routes.row_of_route.view(topk_ids.shape),
+            routes.expert_offsets,
+            routes.active_experts,
+            routes.num_active,
+        )
         self._inner: Tensor | None = None  # [R, F]
         self._out: Tensor | None = None  # [R, H]
 
@@ -88,7 +95,7 @@ class _Run:
         slot_of = [-1] * bound.num_experts
         for index, slot in ready:
             slot_of[self.experts[index]] = slot
-        slots = torch.tensor(slot_of, dtype=torch.int32, device=self._hidden.device)
+        slots = to_device(slot_of, torch.int32, self._hidden.device)
         first = views[bound.first]
         self._inner = grouped_gemm(
             self._hidden.to(first.dtype).contiguous(),
