@@ -73,6 +73,9 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.2f} TiB"
 
 
+EXPERT_BACKENDS = ("auto", "native", "cuda", "triton", "grouped_mm")
+
+
 @dataclass(frozen=True)
 class OffloadConfig:
     """How experts are kept and fetched. Every field is used; unknown names are refused.
@@ -97,10 +100,10 @@ class OffloadConfig:
             first out; of a live model, whose experts are in memory anyway, so much is pinned.
         copy_chunk_bytes: for a GPU, the most bytes of prefetches that a demand fetch can find in
             its way on the link; a multiple of 4096.
-        expert_backend: who computes experts: "native" (this package's CPU kernels), "triton" (its
-            Triton kernels: for GPUs; on the CPU only interpreted, for tests), "grouped_mm"
-            (transformers' own arithmetic), or "auto": the first of these made for the device that
-            supports the layer.
+        expert_backend: who computes experts: "native" (this package's CPU kernels), "cuda" (its
+            CUDA kernels), "triton" (its Triton kernels: for GPUs; on the CPU only interpreted, for
+            tests), "grouped_mm" (transformers' own arithmetic), or "auto": the first of these made
+            for the device that is built and supports the layer. `stats()` says who it is and why.
         fill: read experts into the slots at construction: True, False, or "auto" = when all fit.
         io_engine: how files are read: "io_uring", "threads" (a pool of them that call pread), or
             "auto" = io_uring where it was built and the kernel allows it. What was taken, and why
@@ -124,7 +127,7 @@ class OffloadConfig:
     device: str = "cpu"
     host_budget: int | str = "auto"
     copy_chunk_bytes: int = 8 << 20
-    expert_backend: Literal["auto", "native", "triton", "grouped_mm"] = "auto"
+    expert_backend: Literal["auto", "native", "cuda", "triton", "grouped_mm"] = "auto"
     fill: bool | Literal["auto"] = "auto"
     io_engine: Literal["auto", "io_uring", "threads"] = "auto"
     io_threads: int = 4
@@ -136,7 +139,7 @@ class OffloadConfig:
     def __post_init__(self) -> None:
         parse_budget(self.device_budget, 1 << 62)  # malformed budgets fail here, before any work
         _choose("policy", self.policy, LIVE_POLICIES)
-        _choose("expert_backend", self.expert_backend, ("auto", "native", "triton", "grouped_mm"))
+        _choose("expert_backend", self.expert_backend, EXPERT_BACKENDS)
         check_predictor(self.predictor)
         if self.fill not in (True, False, "auto"):
             raise ValueError(f'fill: expected True, False or "auto", got {self.fill!r}')

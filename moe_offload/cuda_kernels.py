@@ -25,6 +25,7 @@ from moe_offload.pages import PageLayout
 from moe_offload.quantization import FORMATS, FP8_BLOCK, check_size, specs
 
 MIN_CAPABILITY = (8, 0)
+DEVICE_TYPE = "cuda"  # of tensors; tests that run the kernels in emulation set it to "cpu"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 ACTIVATIONS = {
     name: code
@@ -461,7 +462,7 @@ def check_tensor(
     if not fits:
         text = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{text}], got {list(tensor.shape)}")
-    if device is None and tensor.device.type != "cuda":
+    if device is None and tensor.device.type != DEVICE_TYPE:
         raise ValueError(f"{name}: expected a CUDA tensor, got one on {tensor.device}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected it on {device}, got {tensor.device}")

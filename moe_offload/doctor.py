@@ -233,6 +233,10 @@ def _missing(report: dict[str, Any]) -> list[dict[str, Any]]:
         why = 'a GPU is here, but this torch is a CPU build: device="cuda" is refused'
         how = "install a torch built for CUDA"
         entries.append(_entry(False, "torch with CUDA", why, how))
+    elif report["cuda_driver"].get("found") and not package.get("cuda_kernels"):
+        why = "a GPU is here; its experts are computed by Triton or torch instead"
+        how = "install moe_offload again with the CUDA toolkit's nvcc on PATH"
+        entries.append(_entry(False, "moe_offload._cuda", why, how))
     return entries
 
 

@@ -111,6 +111,72 @@ class PageLayout:
         return views
 
 
+def pack_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy whole parameters into one slab of pages on their device, for kernels that read pages.
+
+    Args:
+        tensors: `{parameter name: [E, ...]}`, on one device, in the order of a page's sections.
+
+    Returns:
+        `{name: Tensor[E, ...]}` with the same values, views of the slab, which lives as long as
+        any of them. Use them in place of the originals. Bytes: E * slot_stride.
+
+    Raises:
+        ValueError: no parameters, different numbers of experts, or several devices.
+
+    Example:
+        >>> packed = pack_experts({"gate_up_proj": gate_up, "down_proj": down})
+        >>> out = expert_ffn(hidden, packed["gate_up_proj"], packed["down_proj"], ids, weights)
+    """
+    layout = PageLayout.build({name: (tuple(t.shape[1:]), t.dtype) for name, t in tensors.items()})
+    first = next(iter(tensors.values()))
+    if len({(len(tensor), tensor.device) for tensor in tensors.values()}) != 1:
+        found = ", ".join(f"{n}: {len(t)} on {t.device}" for n, t in tensors.items())
+        raise ValueError(
+            f"pack_experts: expected as many experts in each, on one device, got {found}"
+        )
+    nbytes = len(first) * layout.slot_stride
+    raw = torch.zeros(nbytes + SLOT_ALIGN, dtype=torch.uint8, device=first.device)
+    start = -raw.data_ptr() % SLOT_ALIGN
+    views = layout.views(raw[start : start + nbytes])
+    for name, view in views.items():
+        view.copy_(tensors[name])
+    return views
+
+
+def find_slab(tensors: Mapping[str, Tensor]) -> tuple[Tensor, int, dict[str, int]] | None:
+    """The slab whose views these parameters are.
+
+    Args:
+        tensors: `{parameter name: [E, ...]}`.
+
+    Returns:
+        The slab, uint8 [E * slot_stride], from a multiple of 256 bytes on; slot_stride; the offset
+        of each section. None when they do not share one allocation as pages of it, with sections
+        and slots at multiples of 16 bytes.
+    """
+    parts = list(tensors.values())
+    storage = parts[0].untyped_storage()
+    num_experts, stride = len(parts[0]), parts[0].stride(0) * parts[0].element_size()
+    base = min(part.data_ptr() for part in parts)
+    offsets = {name: part.data_ptr() - base for name, part in tensors.items()}
+    for part, offset in zip(parts, offsets.values(), strict=True):
+        fits = offset + part[0].numel() * part.element_size() <= stride
+        if (
+            part.untyped_storage().data_ptr() != storage.data_ptr()
+            or part.stride(0) * part.element_size() != stride
+            or not (len(part) == num_experts and part[0].is_contiguous() and fits)
+            or offset % 16
+        ):
+            return None
+    start = base - storage.data_ptr()
+    if base % SECTION_ALIGN or stride % 16 or start + num_experts * stride > storage.nbytes():
+        return None
+    slab = torch.empty(0, dtype=torch.uint8, device=parts[0].device)
+    slab.set_(storage, start, (num_experts * stride,), (1,))
+    return slab, stride, offsets
+
+
 def allocate_slab(layout: PageLayout, num_slots: int) -> Tensor:
     """A zeroed slab of slots, uint8 [S * slot_stride], starting on a 4096-byte boundary.
 

@@ -121,6 +121,18 @@ def test_a_gpu_that_torch_cannot_use_is_pointed_out(monkeypatch: pytest.MonkeyPa
     assert report["works"]
 
 
+def test_a_gpu_without_our_kernels_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "moe_offload._cuda", None)
+    report = doctor.examine()
+    assert "moe_offload._cuda" in [entry["what"] for entry in report["missing"]]
+    text = doctor.render(report)
+    assert "experts are computed by Triton or torch instead" in text
+    assert "nvcc on PATH" in text
+    assert report["works"]
+
+
 def test_cuda_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(status=999))
     assert doctor._cuda_driver() == {

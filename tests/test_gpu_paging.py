@@ -10,7 +10,7 @@ import torch
 from experts import random_routing, random_weights, reference, write_page_file
 
 import moe_offload
-from moe_offload import OffloadedExperts
+from moe_offload import OffloadedExperts, backends
 from moe_offload.config import OffloadConfig
 from moe_offload.device import open_device
 from moe_offload.errors import BudgetError, StateError
@@ -20,6 +20,7 @@ from moe_offload.offloader import Offloader
 pytestmark = pytest.mark.gpu
 
 E, H, F, A, LAYERS = 16, 256, 128, 4, 4
+TOKENS = (1, 10, 200)  # with the CUDA kernels the last is a prefill
 
 
 @pytest.fixture
@@ -34,6 +35,14 @@ def inputs(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return hidden.cuda(), ids.cuda(), weights.cuda()
 
 
+@pytest.fixture(params=["cuda", "triton", "grouped_mm"])
+def backend(request) -> str:
+    """Each backend that computes on a GPU; skips where it is not built or installed."""
+    if (reason := backends.describe()[request.param]) is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
 def modules(layers, **options) -> list[OffloadedExperts]:
     made = OffloadedExperts.for_layers(layers, device="cuda", **options)
     made[0].offloader.wait_until_pinned()
@@ -41,12 +50,13 @@ def modules(layers, **options) -> list[OffloadedExperts]:
 
 
 @pytest.fixture
-def expected(layers) -> dict[tuple[int, int], torch.Tensor]:
-    resident = modules(layers, device_budget="100%")
+def expected(layers, backend) -> dict[tuple[int, int], torch.Tensor]:
+    resident = modules(layers, device_budget="100%", expert_backend=backend)
+    assert resident[0].offloader.stats()["expert_backend"] == backend
     outputs = {}
     for step in range(8):
         for index, module in enumerate(resident):
-            outputs[step, index] = module(*inputs(1 + 9 * (step % 3), step * LAYERS + index))
+            outputs[step, index] = module(*inputs(TOKENS[step % 3], step * LAYERS + index))
     torch.cuda.synchronize()
     resident[0].offloader.close()
     return outputs
@@ -54,13 +64,13 @@ def expected(layers) -> dict[tuple[int, int], torch.Tensor]:
 
 @pytest.mark.parametrize("budget", ["15%", "45%", "100%"])
 @pytest.mark.parametrize("chaos", [False, True])
-def test_every_budget_gives_the_resident_bits(layers, expected, budget, chaos) -> None:
-    paged = modules(layers, device_budget=budget)
+def test_every_budget_gives_the_resident_bits(layers, backend, expected, budget, chaos) -> None:
+    paged = modules(layers, device_budget=budget, expert_backend=backend)
     if chaos:
         paged[0].offloader.chaos(1, max_delay_us=300, reorder=True, evict_probability=0.2)
     for (step, index), want in expected.items():
         paged[0].offloader.prefetch((index + 1) % LAYERS, [step, 15 - step])
-        got = paged[index](*inputs(1 + 9 * (step % 3), step * LAYERS + index))
+        got = paged[index](*inputs(TOKENS[step % 3], step * LAYERS + index))
         assert torch.equal(got, want), (step, index)
     stats = paged[0].offloader.stats()
     assert stats["staged_bytes"] == 0
@@ -68,9 +78,10 @@ def test_every_budget_gives_the_resident_bits(layers, expected, budget, chaos) -
     paged[0].offloader.close()
 
 
-def test_the_numbers_are_right(layers) -> None:
-    paged = modules(layers, device_budget="30%")
-    hidden, ids, weights = inputs(12, 99)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_numbers_are_right(layers, backend, tokens) -> None:
+    paged = modules(layers, device_budget="30%", expert_backend=backend)
+    hidden, ids, weights = inputs(tokens, 99)
     got = paged[1](hidden, ids, weights).cpu().double()
     want = reference(layers[1], hidden.cpu(), ids.cpu(), weights.cpu())
     # bf16 rounds to 2^-9 at three places of a chain of two products.
@@ -78,25 +89,27 @@ def test_the_numbers_are_right(layers) -> None:
     paged[0].offloader.close()
 
 
-def test_files_are_exact_through_a_small_host_tier(layers, expected, tmp_path) -> None:
+def test_files_are_exact_through_a_small_host_tier(layers, backend, expected, tmp_path) -> None:
     _, pages = write_page_file(tmp_path / "pages", layers)
     described = [_as_layer(w, f"layers.{i}", "silu") for i, w in enumerate(layers)]
-    config = OffloadConfig(device="cuda", device_budget="20%", host_budget="40%")
+    config = OffloadConfig(
+        device="cuda", device_budget="20%", host_budget="40%", expert_backend=backend
+    )
     module = torch.nn.Module().eval()
     with Offloader(described, pages, config) as offloader:
         for (step, index), want in expected.items():
-            args = inputs(1 + 9 * (step % 3), step * LAYERS + index)
+            args = inputs(TOKENS[step % 3], step * LAYERS + index)
             assert torch.equal(run_experts(offloader.handle(index), module, *args), want)
         assert offloader.stats()["host_evictions"] > 0
 
 
-def test_streams_and_models_share_the_device(layers, expected) -> None:
-    first = modules(layers, device_budget="15%")
-    second = modules(layers, device_budget="30%")
+def test_streams_and_models_share_the_device(layers, backend, expected) -> None:
+    first = modules(layers, device_budget="15%", expert_backend=backend)
+    second = modules(layers, device_budget="30%", expert_backend=backend)
     streams = [torch.cuda.Stream() for _ in range(3)]
     results = []
     for turn, ((step, index), want) in enumerate(expected.items()):
-        args = inputs(1 + 9 * (step % 3), step * LAYERS + index)
+        args = inputs(TOKENS[step % 3], step * LAYERS + index)
         torch.cuda.synchronize()
         with torch.cuda.stream(streams[turn % 3]):
             torch.cuda._sleep(2_000_000)  # readers that are late
@@ -129,6 +142,14 @@ def test_slots_are_refilled_behind_their_readers_without_the_host_waiting(layers
     assert sorted(expert for expert, _ in copies) == list(range(E))
     for expert, copy in copies:
         assert torch.equal(copy.cpu(), layers[0]["down_proj"][expert])
+    paged[0].offloader.close()
+
+
+def test_auto_takes_the_first_that_is_there(layers) -> None:
+    found = backends.describe()
+    first = next(name for name in ("cuda", "triton", "grouped_mm") if found[name] is None)
+    paged = modules(layers, device_budget="50%")
+    assert paged[0].offloader.stats()["expert_backend"] == first
     paged[0].offloader.close()
 
 

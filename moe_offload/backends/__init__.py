@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from moe_offload.backends.cuda import Cuda
 from moe_offload.backends.grouped_mm import GroupedMM
 from moe_offload.backends.native import Native
 from moe_offload.backends.triton import TritonExperts
@@ -76,7 +77,7 @@ class ExpertBackend(Protocol):
         """
 
 
-_KNOWN: tuple[ExpertBackend, ...] = (Native(), TritonExperts(), GroupedMM())
+_KNOWN: tuple[ExpertBackend, ...] = (Native(), Cuda(), TritonExperts(), GroupedMM())
 NAMES = tuple(backend.name for backend in _KNOWN)
 
 
