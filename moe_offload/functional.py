@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moe_offload import ops, reference
+from moe_offload import ops
 from moe_offload.activations import ACTIVATIONS, Activation
 
+BACKENDS = ("auto", "native", "cuda", "triton", "torch")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,7 +22,7 @@ def expert_ffn(
     topk_ids: Tensor,
     topk_weights: Tensor,
     activation: str | Activation = "silu",
-    backend: Literal["auto", "native", "torch"] = "auto",
+    backend: Literal["auto", "native", "cuda", "triton", "torch"] = "auto",
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -35,8 +37,10 @@ def expert_ffn(
         topk_ids: [T, A] integer; ids outside [0, E) contribute nothing.
         topk_weights: [T, A] floating point, in any of the three dtypes.
         activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or an `Activation`.
-        backend: "native" (CPU kernels), "torch" (the plain PyTorch twin, fp32 inside, any
-            device), or "auto": native on the CPU, torch elsewhere.
+        backend: "native" (CPU kernels), "cuda" (CUDA kernels; bfloat16 and float16, weights that
+            lie in one slab of pages, see `pages.pack_experts`), "triton", "torch" (the plain
+            PyTorch twin, fp32 inside, any device, the one with a gradient), or "auto": native on
+            the CPU; on CUDA the first of cuda, triton and torch that can.
         gate_up_bias, down_bias: [E, 2F] (or [E, F]) and [E, H], both or neither.
 
     Returns:
@@ -45,7 +49,8 @@ def expert_ffn(
         expert row, one at the end; sums are fp32, a token's experts in the order of its ids.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together, or a backend asked for by
+            name that cannot compute these experts, with the reason.
 
     Cost: distinct experts x 3 F H weight elements read once, 6 T A F H floating-point operations.
 
@@ -56,29 +61,34 @@ def expert_ffn(
     act = _checked(
         hidden, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias
     )
-    if backend not in ("auto", "native", "torch"):
-        raise ValueError(f"expert_ffn: backend must be auto, native or torch, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"expert_ffn: backend must be of {', '.join(BACKENDS)}, got {backend!r}")
     on_cpu = hidden.device.type == "cpu"
     if backend == "native" and not on_cpu:
         raise ValueError(
             f"expert_ffn: the native kernels compute on the CPU, hidden is on {hidden.device}; "
             'use backend="auto"'
         )
-    if backend == "torch" or not on_cpu:
-        out = reference.expert_ffn(
-            *(hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias),
-            dtype=torch.float32,
-        )
-        return out.to(hidden.dtype)
-    if torch.compiler.is_compiling():
+    arguments = (hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias)
+    floats = (hidden, gate_up, down, topk_weights, gate_up_bias, down_bias)
+    if backend == "auto" and not on_cpu and _wants_gradient(floats):
+        backend = "torch"
+    if backend == "torch":
+        return ops.expert_ffn_gpu(*arguments, backend="torch")
+    if torch.compiler.is_compiling() and hidden.device.type in ("cpu", "cuda"):
         return torch.ops.moe_offload.expert_ffn(
             *(hidden, gate_up, down, topk_ids, topk_weights, gate_up_bias, down_bias),
-            *(act.name, act.gated, act.alpha, act.limit, act.offset, "auto"),
+            *(act.name, act.gated, act.alpha, act.limit, act.offset),
+            "auto" if backend == "native" else backend,
         )
     with torch.no_grad():
-        return ops.expert_ffn_cpu(
-            hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias
-        )
+        if on_cpu and backend in ("auto", "native"):
+            return ops.expert_ffn_cpu(*arguments)
+        return ops.expert_ffn_gpu(*arguments, backend=backend)
+
+
+def _wants_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _checked(

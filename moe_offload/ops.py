@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_offload import reference, resident
 from moe_offload.activations import Activation
 from moe_offload.backends.native import BoundLayer, NativeRun
 
@@ -16,8 +17,8 @@ torch.library.define(
     "moe_offload::expert_ffn",
     "(Tensor hidden, Tensor gate_up, Tensor down, Tensor topk_ids, Tensor topk_weights, "
     "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, float alpha, "
-    "float limit, float offset, str isa) -> Tensor",
-)
+    "float limit, float offset, str kernels) -> Tensor",
+)  # kernels: an instruction set on the CPU, a backend on CUDA
 
 
 @torch.library.impl("moe_offload::expert_ffn", "cpu")
@@ -34,11 +35,34 @@ def _expert_ffn_op(
     alpha: float,
     limit: float,
     offset: float,
-    isa: str,
+    kernels: str,
 ) -> Tensor:
     act = Activation(activation, gated, alpha, limit, offset)
     return expert_ffn_cpu(
-        hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias, isa
+        hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias, kernels
+    )
+
+
+@torch.library.impl("moe_offload::expert_ffn", "cuda")
+def _expert_ffn_op_cuda(
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    alpha: float,
+    limit: float,
+    offset: float,
+    kernels: str,
+) -> Tensor:
+    act = Activation(activation, gated, alpha, limit, offset)
+    return expert_ffn_gpu(
+        *(hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias),
+        backend=kernels,
     )
 
 
@@ -61,10 +85,40 @@ def expert_ffn_cpu(
     """The native CPU kernels on whole weights. Arguments are trusted; see `functional`."""
     num_experts, hidden_size, inner = down.shape
     layer = BoundLayer(activation, hidden_size, inner, num_experts, down.dtype, isa=isa)
-    first = "gate_up_proj" if activation.gated else "up_proj"
-    tensors = {first: gate_up, "down_proj": down}
-    if gate_up_bias is not None and down_bias is not None:
-        tensors |= {f"{first}_bias": gate_up_bias, "down_proj_bias": down_bias}
+    tensors = resident.as_parameters(gate_up, down, gate_up_bias, down_bias, activation.gated)
     call = NativeRun(layer, hidden, topk_ids, topk_weights)
     call.run.compute_all(layer.weights(tensors))
     return call.finish()
+
+
+def expert_ffn_gpu(
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: Activation,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The kernels for GPUs on whole weights, see `resident`. Arguments are trusted.
+
+    Raises:
+        ValueError: a backend asked for by name cannot compute these experts.
+    """
+    weights = resident.as_parameters(gate_up, down, gate_up_bias, down_bias, activation.gated)
+    if backend == "auto":
+        backend = resident.choose(weights)
+    if backend == "torch":
+        out = reference.expert_ffn(
+            *(hidden, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias),
+            dtype=torch.float32,
+        )
+        return out.to(hidden.dtype)
+    if (reason := resident.WHY_NOT[backend](weights)) is not None:
+        raise ValueError(
+            f"expert_ffn: backend={backend!r} cannot compute these experts: {reason}. Use "
+            'backend="auto".'
+        )
+    return resident.expert_ffn(backend, hidden, weights, topk_ids, topk_weights, activation)

@@ -17,13 +17,14 @@ import torch
 from experts import random_routing, random_weights
 from torch import Tensor
 
-from moe_offload import OffloadedExperts, _core, backends, offloader, reference
+from moe_offload import OffloadedExperts, _core, backends, offloader, reference, resident
 from moe_offload.activations import Activation, ExpertForm
 from moe_offload.backends.cuda import Cuda
 from moe_offload.backends.triton import TritonExperts
 from moe_offload.cuda_kernels import SlabPages
 from moe_offload.device import ComputeDevice
 from moe_offload.errors import UnsupportedModelError
+from moe_offload.functional import expert_ffn
 from moe_offload.layer import _as_layer
 from moe_offload.pages import PageLayout, find_slab, pack_experts
 
@@ -298,3 +299,86 @@ def test_without_kernels_or_a_gpu_the_reason_is_given(monkeypatch: pytest.Monkey
     assert passed_over is not None
     assert "cuda: " in passed_over
     assert "triton: " in passed_over
+
+
+# --- whole weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=lambda case: case.name)
+def test_expert_ffn_reads_packed_weights_with_the_bits_of_a_pool(gpu: Any, case: Case) -> None:
+    weights, hidden, ids, topk = make(case)
+    pool = OffloadedExperts(weights, activation=case.activation, device_budget="100%", **ON_GPU)
+    want = pool(hidden, ids, topk)
+    pool.offloader.close()
+    packed = pack_experts(weights)
+    for name, tensor in packed.items():
+        assert torch.equal(tensor, weights[name])
+
+    def call(tensors: dict[str, Tensor], **options: Any) -> Tensor:
+        first = "gate_up_proj" if case.gate else "up_proj"
+        return expert_ffn(
+            *(hidden, tensors[first], tensors["down_proj"], ids, topk, case.activation),
+            gate_up_bias=tensors.get(f"{first}_bias"),
+            down_bias=tensors.get("down_proj_bias"),
+            **options,
+        )
+
+    assert torch.equal(call(packed, backend="cuda"), want)
+    with pytest.raises(ValueError, match=r"do not lie in one slab of pages .*pack_experts"):
+        call(weights, backend="cuda")
+    nobody = torch.full_like(ids, case.experts)
+    ids = nobody
+    assert not call(packed, backend="cuda").any()
+
+
+def test_expert_ffn_by_triton_handles_repeated_and_foreign_ids() -> None:
+    pytest.importorskip("triton")
+    if TritonExperts().missing() is not None:
+        pytest.skip("TRITON_INTERPRET=1 runs Triton's kernels on the CPU")
+    case = Case("triton", 6, 3, 4, 64, 32, dtype=torch.float32)
+    weights, hidden, ids, topk = make(case)
+    ids[0, 0], ids[1], ids[2, 1] = 4, torch.tensor([-1, 9, 77]), ids[2, 0]
+    first, down = weights["gate_up_proj"], weights["down_proj"]
+    got = expert_ffn(hidden, first, down, ids.to(torch.int16), topk, backend="triton")
+    want = exact(case, weights, hidden, ids, topk, dtype=torch.float32)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_who_computes_whole_weights(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = random_weights(4, 64, 32, torch.bfloat16)
+    monkeypatch.setattr(TritonExperts, "missing", lambda self: None)
+    assert resident.choose(pack_experts(weights)) == "cuda"
+    assert resident.choose(weights) == "triton"
+    monkeypatch.setattr(TritonExperts, "missing", lambda self: "no triton")
+    assert resident.choose(weights) == "torch"
+    wide = pack_experts(random_weights(4, 64, 32))
+    assert resident.why_not_cuda(wide) == "it has no kernels for torch.float32"
+    odd = pack_experts(random_weights(4, 60, 32, torch.bfloat16))
+    assert "must be multiples of 8" in str(resident.why_not_cuda(odd))
+    monkeypatch.setattr(Cuda, "devices", ("cuda",))
+    packed = pack_experts(weights)
+    assert resident.why_not_cuda(packed) == "it does not compute on cpu"
+    hidden, ids = torch.zeros(1, 64).bfloat16(), torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"backend='cuda' cannot compute .* not compute on cpu"):
+        expert_ffn(hidden, *packed.values(), ids, torch.ones(1, 1), backend="cuda")
+
+
+def test_a_slab_is_found_only_where_there_is_one() -> None:
+    weights = random_weights(4, 64, 32, torch.bfloat16, bias=True)
+    packed = pack_experts(weights)
+    found = find_slab(packed)
+    assert found is not None
+    slab, stride, offsets = found
+    layout = PageLayout.build({n: (tuple(t.shape[1:]), t.dtype) for n, t in weights.items()})
+    assert (slab.numel(), stride) == (4 * layout.slot_stride, layout.slot_stride)
+    assert offsets == {section.name: section.offset for section in layout.sections}
+    for name, view in layout.views(slab).items():
+        assert view.data_ptr() == packed[name].data_ptr()
+    assert find_slab({n: t[1:] for n, t in packed.items()}) is not None  # a slab of three
+    assert find_slab(weights) is None
+    assert find_slab({**packed, "down_proj": packed["down_proj"].clone()}) is None
+    assert find_slab({**packed, "down_proj": packed["down_proj"][:3]}) is None
+    assert find_slab({**packed, "down_proj": packed["down_proj"].transpose(1, 2)}) is None
+    assert find_slab({n: t[::2] for n, t in packed.items()}) is not None  # every other page
+    with pytest.raises(ValueError, match=r"as many experts in each, on one device, got up: 2 on"):
+        pack_experts({"up": torch.zeros(2, 8), "down": torch.zeros(3, 8)})

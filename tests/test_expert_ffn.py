@@ -466,7 +466,7 @@ BAD = [
     ({"topk_weights": torch.zeros(5, 2, device="meta")}, "on one device"),
     ({"activation": "swish"}, "activation must be one of silu"),
     ({"activation": Activation("silu", gated=False)}, "does not fit gate_up of 64 rows"),
-    ({"backend": "cuda"}, "backend must be auto, native or torch"),
+    ({"backend": "cublas"}, "backend must be of auto, native, cuda, triton, torch, got"),
 ]
 
 

@@ -14,8 +14,10 @@ from moe_offload import OffloadedExperts, backends
 from moe_offload.config import OffloadConfig
 from moe_offload.device import open_device
 from moe_offload.errors import BudgetError, StateError
+from moe_offload.functional import expert_ffn
 from moe_offload.layer import _as_layer, run_experts
 from moe_offload.offloader import Offloader
+from moe_offload.pages import pack_experts
 
 pytestmark = pytest.mark.gpu
 
@@ -150,6 +152,18 @@ def test_auto_takes_the_first_that_is_there(layers) -> None:
     first = next(name for name in ("cuda", "triton", "grouped_mm") if found[name] is None)
     paged = modules(layers, device_budget="50%")
     assert paged[0].offloader.stats()["expert_backend"] == first
+    paged[0].offloader.close()
+
+
+def test_whole_weights_give_the_bits_of_a_pool(layers) -> None:
+    if (reason := backends.describe()["cuda"]) is not None:
+        pytest.skip(reason)
+    paged = modules(layers, device_budget="40%", expert_backend="cuda")
+    packed = pack_experts({name: tensor.cuda() for name, tensor in layers[0].items()})
+    for tokens in TOKENS:
+        hidden, ids, weights = inputs(tokens, 3)
+        got = expert_ffn(hidden, packed["gate_up_proj"], packed["down_proj"], ids, weights)
+        assert torch.equal(got, paged[0](hidden, ids, weights))
     paged[0].offloader.close()
 
 
