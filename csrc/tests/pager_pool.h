@@ -1,0 +1,100 @@
+// A pager over fake pages, as the tests of the pager use it.
+#pragma once
+
+#include <memory>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "fake_source.h"
+#include "paging/host_copy_engine.h"
+#include "paging/pager.h"
+
+namespace moe_offload {
+
+inline constexpr uint64_t kBytes = 64;
+inline constexpr size_t kStride = 128;
+
+// A pager over fake pages, its slots, and checks of what is in them.
+struct Pool {
+    std::shared_ptr<FakeSource> source = std::make_shared<FakeSource>(kBytes, 2);
+    std::vector<std::byte> slots;
+    std::shared_ptr<Pager> pager;
+
+    explicit Pool(size_t num_slots, int layers = 2, int experts = 8, int threads = 2,
+                  size_t admit_limit = 0, const std::string& policy = "lru",
+                  std::vector<PageIndex> kept = {}, int64_t timeout_ms = 20'000)
+        : slots(num_slots * kStride, std::byte{0}) {
+        PagerOptions options;
+        options.num_experts.assign(size_t(layers), experts);
+        options.layer_names.assign(size_t(layers), "model.experts");
+        options.slots = slots.data();
+        options.num_slots = num_slots;
+        options.slot_stride = kStride;
+        options.admit_limit = admit_limit;
+        options.wait_timeout_ns = timeout_ms * 1'000'000;
+        const PolicySetting setting{.num_experts = options.num_experts,
+                                    .num_slots = num_slots,
+                                    .kept = std::move(kept),
+                                    .next_request = {}};
+        pager = std::make_shared<Pager>(std::move(options), make_policy(policy, setting),
+                                        std::make_unique<HostCopyEngine>(source, threads, 4096));
+    }
+
+    bool holds(SlotIndex slot, int32_t layer, int32_t expert) const {
+        return FakeSource::holds(slots.data() + size_t(slot) * kStride, kBytes, layer, expert);
+    }
+
+    // One layer's forward: every page must arrive once and stay intact until it is released.
+    void forward(int32_t layer, const std::vector<int32_t>& experts) {
+        const auto ticket = pager->acquire(layer, experts);
+        std::set<int32_t> seen;
+        while (true) {
+            const auto ready = ticket->next();
+            if (ready.empty()) break;
+            std::vector<int32_t> indices;
+            for (const auto& [index, slot] : ready) {
+                CHECK(seen.insert(index).second);
+                CHECK(holds(slot, layer, experts[size_t(index)]));
+                indices.push_back(index);
+            }
+            std::this_thread::yield();
+            for (const auto& [index, slot] : ready)
+                CHECK(holds(slot, layer, experts[size_t(index)]));
+            ticket->release(indices);
+        }
+        CHECK_EQ(seen.size(), experts.size());
+    }
+
+    LayerCounters total() const {
+        LayerCounters sum;
+        for (const LayerCounters& layer : pager->counters()) {
+            sum.lookups += layer.lookups;
+            sum.hits += layer.hits;
+            sum.prefetch_hits += layer.prefetch_hits;
+            sum.joined_prefetches += layer.joined_prefetches;
+            sum.demand_misses += layer.demand_misses;
+            sum.bypasses += layer.bypasses;
+            sum.evictions += layer.evictions;
+            sum.demand_bytes += layer.demand_bytes;
+            sum.prefetch_bytes_used += layer.prefetch_bytes_used;
+            sum.prefetch_bytes_wasted += layer.prefetch_bytes_wasted;
+            sum.fill_bytes += layer.fill_bytes;
+            sum.stall_ns += layer.stall_ns;
+        }
+        return sum;
+    }
+
+    std::set<std::pair<int32_t, int32_t>> residents() const {
+        std::set<std::pair<int32_t, int32_t>> pages;
+        for (const auto& [layer, expert, slot] : pager->residents()) pages.emplace(layer, expert);
+        return pages;
+    }
+};
+
+using Pages = std::set<std::pair<int32_t, int32_t>>;
+
+}  // namespace moe_offload
