@@ -47,11 +47,14 @@ def build(folder: Path) -> types.ModuleType:
     assert [process.wait() for process in running] == [0] * len(running), "does not compile"
     library = folder / "_cuda.so"
     subprocess.run([compiler, "-shared", "-pthread", *objects, "-o", str(library)], check=True)
-    spec = importlib.util.spec_from_file_location("moe_offload._cuda", library)
+    # Not "moe_offload._cuda": pybind11 hands out what it has of a name, and the compiled kernels
+    # may have been imported before.
+    spec = importlib.util.spec_from_file_location("emulated._cuda", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    assert module.__file__ == str(library), module.__file__
     return module
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -468,7 +469,9 @@ def test_a_real_process_is_quiet_and_its_interrupt_is_130(checkpoint: Path, tmp_
     (folder / "config.json").write_text(json.dumps(config))
 
     args = ["generate", folder, "--prompt", "a b", "--max-new-tokens", 90_000, "--temperature", 2]
-    process = start(*args, "--device-budget", "100%")
+    # A shell has what it runs in the background ignore this signal, and children inherit that.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = start(*args, "--device-budget", "100%", preexec_fn=default)
     assert process.stdout is not None
     assert process.stdout.read(1) != ""  # it writes
     process.send_signal(signal.SIGINT)

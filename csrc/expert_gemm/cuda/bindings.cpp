@@ -32,7 +32,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Expert kernels in CUDA C++. Use moe_offload.cuda_kernels, which checks arguments.";
     static py::exception<CudaError> cuda_error(m, "CudaError", PyExc_RuntimeError);
 
-    py::class_<ExpertParams> params(m, "ExpertParams");
+    // Local: tests load these bindings a second time, over the emulated kernels.
+    py::class_<ExpertParams> params(m, "ExpertParams", py::module_local());
     params.def(py::init([] { return ExpertParams{}; }));
 #define ADDRESS(name) \
     params.def_property(#name, address_of(&ExpertParams::name), set_address(&ExpertParams::name))
