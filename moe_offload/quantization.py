@@ -14,9 +14,8 @@ oracle, and what a backend without such kernels can compute with.
                 bits up, a code is the value + 8
                 scales bfloat16 or float16 [N, K / group], "weight_scale"
                 compressed-tensors "pack-quantized", symmetric. Chosen among the int4 layouts:
-                its packing is one documented function (pack_to_int32), rows stay rows (GPTQ packs
-                along K of a transposed matrix, AWQ permutes the nibbles), and a large MoE model,
-                Kimi-K2-Thinking, is published in it (groups of 32).
+                its packing is one documented function (pack_to_int32), and rows stay rows (GPTQ
+                packs along K of a transposed matrix, AWQ permutes the nibbles).
 
 Leading dimensions (experts, slots) are allowed everywhere. Worked example, mxfp4: the byte 0x31 is
 0.5 then 1.5; under the scale byte 120 it is 2**-8, 3 * 2**-8.

@@ -182,10 +182,12 @@ void learned_does_not_thrash_when_layers_use_most_of_their_experts() {
             for (PageIndex expert = 0; expert < 16; ++expert)
                 if (random() % 16 < (expert < 4 ? 15u : 10u)) pass.back().push_back(expert);
         }
-    const size_t best =
-        std::min(total(replay(trace, "lru", 16)), total(replay(trace, "lru-per-layer", 16)));
-    const size_t learned = total(replay(trace, "learned", 16));
-    CHECK(learned * 100 < best * 93);
+    // Per cent of the better LRU's misses. Without the distance to a page's layer 92.5 and 101.
+    for (const auto& [slots, percent] : {std::pair{16u, 93u}, std::pair{32u, 98u}}) {
+        const size_t best = std::min(total(replay(trace, "lru", slots)),
+                                     total(replay(trace, "lru-per-layer", slots)));
+        CHECK(total(replay(trace, "learned", slots)) * 100 < best * percent);
+    }
 }
 
 // Also when nothing can be learned, when requests stream, and at the first passes.

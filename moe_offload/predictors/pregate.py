@@ -65,7 +65,7 @@ class PreGates(nn.Module):
 
 class _LiveGate:
     """One gate in numpy: for a single token the calls cost more than the arithmetic, and torch's
-    cost more (98 us a layer, the whole prediction, when the module was asked)."""
+    calls cost more than numpy's."""
 
     def __init__(self, gates: PreGates, layer: int) -> None:
         first = torch.cat([gates.linear[layer], gates.up[layer]])  # [E + M, H]

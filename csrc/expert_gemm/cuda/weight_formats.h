@@ -128,10 +128,9 @@ struct WeightMatrix {
 
 // A format tells the kernels:
 //   kBits          of one number; 16 bytes hold 128 / kBits of them
-//   kRowsPerScale  of a lane's four weight rows g, g + 8, g + 16, g + 24, how many share a scale;
-//   0:
-//                  there are none. Tiles start at multiples of 16 rows, so g and g + 8 are in the
-//                  same 128 rows.
+//   kRowsPerScale  of a lane's four weight rows g, g + 8, g + 16, g + 24, how many share a scale
+//                  (without scales 0). Tiles start at multiples of 16 rows, so g and g + 8 are in
+//                  the same 128 rows.
 //   kScaleSums     scale_of() multiplies the sums of one step, in float; else unpack() scales
 //   scale_row      bytes from `scales` to a row's;  load_scale  the one for column k, as bits
 //   unpack         numbers 8 part ... 8 part + 7 of 16 bytes, as pairs of T
