@@ -80,10 +80,10 @@ def contenders(shape: Shape, gate_up: Tensor, down: Tensor) -> tuple[list[Conten
         found.append(Contender("ours, paged layer, all resident", layer, peer=False))
     module = transformers_module(shape, gate_up, down)
     for name in ("grouped_mm", "eager", "batched_mm"):
-        skip: Callable[[int], str | None] = lambda _: None  # noqa: E731
+        contender = Contender(f"transformers {name}", by_transformers(module, name))
         if name == "batched_mm":
-            skip = gathers_too_much(shape)
-        found.append(Contender(f"transformers {name}", by_transformers(module, name), skip=skip))
+            contender.skip = gathers_too_much(shape)
+        found.append(contender)
     if importlib.util.find_spec("kt_kernel") is None:
         absent.append("kt-kernel: not installed (bench/requirements-peers.txt)")
     else:

@@ -116,10 +116,10 @@ def _resident_run(path: str, tokenizer: Any, inputs: list[Any]) -> tuple[list[Co
 
     from moe_offload.huggingface.adapters import find_expert_layers
     from moe_offload.huggingface.experts import NAME
+    from moe_offload.verification import to_aligned_memory
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation=NAME)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()  # to aligned memory; see verification.py for why
+    to_aligned_memory(model)
     expert_bytes = sum(
         getattr(layer.module, name).nbytes
         for layer in find_expert_layers(model)

@@ -74,7 +74,7 @@ def expert_ffn(
     if backend == "auto" and not on_cpu and _wants_gradient(floats):
         backend = "torch"
     if backend == "torch":
-        return ops.expert_ffn_gpu(*arguments, backend="torch")
+        return ops.expert_ffn_plain(*arguments)
     if torch.compiler.is_compiling() and hidden.device.type in ("cpu", "cuda"):
         return torch.ops.moe_offload.expert_ffn(
             *(hidden, gate_up, down, topk_ids, topk_weights, gate_up_bias, down_bias),

@@ -6,6 +6,8 @@ dispatcher's cost); `torch.compile` and exporters do, and see one opaque operato
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,10 @@ torch.library.define(
     "(Tensor hidden, Tensor gate_up, Tensor down, Tensor topk_ids, Tensor topk_weights, "
     "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, float alpha, "
     "float limit, float offset, str kernels) -> Tensor",
-)  # kernels: an instruction set on the CPU, a backend on CUDA
+)  # kernels: a backend of `resident`; on the CPU also an instruction set
 
 
-@torch.library.impl("moe_offload::expert_ffn", "cpu")
+@torch.library.impl("moe_offload::expert_ffn", ("cpu", "cuda"))
 def _expert_ffn_op(
     hidden: Tensor,
     gate_up: Tensor,
@@ -38,32 +40,10 @@ def _expert_ffn_op(
     kernels: str,
 ) -> Tensor:
     act = Activation(activation, gated, alpha, limit, offset)
-    return expert_ffn_cpu(
-        hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias, kernels
-    )
-
-
-@torch.library.impl("moe_offload::expert_ffn", "cuda")
-def _expert_ffn_op_cuda(
-    hidden: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    gated: bool,
-    alpha: float,
-    limit: float,
-    offset: float,
-    kernels: str,
-) -> Tensor:
-    act = Activation(activation, gated, alpha, limit, offset)
-    return expert_ffn_gpu(
-        *(hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias),
-        backend=kernels,
-    )
+    arguments = (hidden, gate_up, down, topk_ids, topk_weights, act, gate_up_bias, down_bias)
+    if hidden.device.type == "cpu" and kernels not in resident.WHY_NOT:
+        return expert_ffn_cpu(*arguments, isa=kernels)
+    return expert_ffn_gpu(*arguments, backend=kernels)
 
 
 @torch.library.register_fake("moe_offload::expert_ffn")
@@ -111,14 +91,17 @@ def expert_ffn_gpu(
     if backend == "auto":
         backend = resident.choose(weights)
     if backend == "torch":
-        out = reference.expert_ffn(
-            *(hidden, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias),
-            dtype=torch.float32,
+        return expert_ffn_plain(
+            hidden, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias
         )
-        return out.to(hidden.dtype)
     if (reason := resident.WHY_NOT[backend](weights)) is not None:
         raise ValueError(
             f"expert_ffn: backend={backend!r} cannot compute these experts: {reason}. Use "
             'backend="auto".'
         )
     return resident.expert_ffn(backend, hidden, weights, topk_ids, topk_weights, activation)
+
+
+def expert_ffn_plain(hidden: Tensor, *arguments: Any) -> Tensor:
+    """The plain twin, fp32 inside, in the dtype of hidden; arguments as for the others."""
+    return reference.expert_ffn(hidden, *arguments, dtype=torch.float32).to(hidden.dtype)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_offload.config import format_bytes
 from moe_offload.errors import MoEOffloadError, StateError
@@ -237,9 +237,14 @@ def _load_resident(attachment: Any) -> Any:
             "checkpoint of the same family."
         )
     resident = origin.model_class.from_pretrained(origin.path, **origin.kwargs).eval()
-    for tensor in [*resident.parameters(), *resident.buffers()]:
-        tensor.data = tensor.data.clone()  # out of the mapped file, see the head of this file
+    to_aligned_memory(resident)
     return resident
+
+
+def to_aligned_memory(model: nn.Module) -> None:
+    """Move the weights of a model that transformers loaded out of the mapped file, see above."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
 
 
 @contextmanager

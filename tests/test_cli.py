@@ -29,6 +29,7 @@ import moe_offload
 from moe_offload import cli, demo
 from moe_offload.huggingface.experts import NAME
 from moe_offload.models import tiny_moe_path
+from moe_offload.verification import to_aligned_memory
 
 PROMPT = "abc"
 STATS = {
@@ -76,8 +77,7 @@ def resident_tokens(checkpoint: Path, prompt: str, count: int) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype="auto", experts_implementation=NAME
     )
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()  # aligned memory, see verification.py
+    to_aligned_memory(model)
     inputs = ascii_tokenizer()(prompt, return_tensors="pt", return_token_type_ids=False)
     output = model.generate(**inputs, max_new_tokens=count, do_sample=False)
     return output[0, inputs.input_ids.shape[1] :].tolist()

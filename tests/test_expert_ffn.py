@@ -319,7 +319,8 @@ def test_transposed_weights_shared_by_threads_give_the_same_bits() -> None:
     for tokens in (2, 100):
         inputs = Inputs.make(Case("", tokens, 2, 4, 512, 384, GPT_OSS, True), torch.bfloat16)
         layer = inputs.layer(concatenated=False, transposed=True)
-        weights = layer.weights(transposed(inputs.weights, alternate=True))
+        stored = transposed(inputs.weights, alternate=True)  # weights() keeps addresses only
+        weights = layer.weights(stored)
         outputs = []
         for num_threads in (1, 2, 5):
             run = inputs.start(layer, num_threads)
@@ -517,6 +518,20 @@ def test_a_resident_transformers_model_uses_the_same_kernels() -> None:
         theirs = experts(hidden, ids, topk)
     assert not torch.equal(theirs, out), "grouped_mm rounds more often"
     torch.testing.assert_close(theirs, out, rtol=0.02, atol=0.02)
+
+
+def test_the_operator_takes_backends_of_gpus_for_backends_on_the_cpu_too() -> None:
+    """What torch.compile calls refuses as eager code does, not as an unknown instruction set."""
+    inputs = Inputs.make(Case("", 3, 2, 4, 48, 32), torch.float32)
+    hidden, gate_up, down, ids, topk = inputs.arguments[:5]
+    for call in (
+        lambda: functional.expert_ffn(hidden, gate_up, down, ids, topk, backend="cuda"),
+        lambda: torch.ops.moe_offload.expert_ffn(
+            *(hidden, gate_up, down, ids, topk, None, None, "silu", True, 1.0, 0.0, 0.0, "cuda")
+        ),
+    ):
+        with pytest.raises(ValueError, match="backend='cuda' cannot compute these experts"):
+            call()
 
 
 def test_run_keeps_its_inputs_alive() -> None:

@@ -28,20 +28,3 @@ def test_a_model_and_prompts_are_enough(
     assert about["kind"] == kind
     assert about["shape"]["num_experts"] == 32
     assert "continued by tiny" in about["training"]["data"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["rpp"], "nothing to learn from: give --trace F"),
-        (["preattention", "--trace", "x.npz"], "preattention reads the layers of a model"),
-        (["rpp", "--model", "tiny", "--prompts", "missing.txt"], "there is no file missing.txt"),
-    ],
-)
-def test_mistakes_are_one_line(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert main(["train-predictor", *arguments, "--out", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line
-    assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moe_offload.huggingface.experts import NAME
+from moe_offload.verification import to_aligned_memory
 
 torch.set_num_threads(1)  # matrices this small only lose by sharing; on busy cores tenfold
 
@@ -133,6 +134,5 @@ def plain_model(folder: str | Path, **options: Any) -> PreTrainedModel:
     """
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.set_experts_implementation(NAME)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
+    to_aligned_memory(model)
     return model

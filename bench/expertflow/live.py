@@ -33,9 +33,6 @@ from workloads import WORKLOADS, prompts
 PRESETS = ("cache-moe", "se-moe", "pregated-moe", "expertflow", "auto")
 
 
-PAGE_BYTES = 98304  # an expert of the packaged model
-
-
 @dataclass(frozen=True)
 class Setting:
     """One cell of the study: what runs, how much of it is cached, how many sequences at once."""
@@ -70,15 +67,15 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...]) -> list[Row]:
     import moe_offload
     import moe_offload.huggingface  # the resident model computes with the kernels the slots use
     from moe_offload.models import tiny_moe_path
+    from moe_offload.verification import to_aligned_memory
 
     logging.disable_progress_bar()
     path = tiny_moe_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    resident = _aligned(
-        AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", experts_implementation="moe_offload"
-        ).eval()
-    )
+    resident = AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", experts_implementation="moe_offload"
+    ).eval()
+    to_aligned_memory(resident)
     rows: list[Row] = []
     for number, setting in enumerate(plan.settings):
         print(f"{number + 1}/{len(plan.settings)} {setting}", file=sys.stderr, flush=True)
@@ -107,8 +104,10 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...]) -> list[Row]:
                 if report.tokens != resident_runs[turn].tokens:
                     raise SystemExit(f"WRONG TOKENS, so no times: {preset} at {setting}")
                 reports[preset].append(report)
-        slots = moe_offload.get_offloader(models[presets[0]]).stats()["num_slots"]
-        bound = _belady_kb_per_token(resident, rounds, options, slots)
+        first = moe_offload.get_offloader(models[presets[0]])
+        page_bytes = first.pools[0].layout.page_bytes
+        misses = _belady_misses_per_token(resident, rounds, options, first.stats()["num_slots"])
+        bound = misses * page_bytes / 1e3
         for preset in presets:
             offloader = moe_offload.get_offloader(models[preset])
             row = _row(setting, preset, reports[preset][1:], resident_runs[1:], offloader)
@@ -126,7 +125,7 @@ def _rounds(setting: Setting, plan: Plan, data: Path) -> list[list[str]]:
     return [every[i * each : (i + 1) * each] for i in range(1 + plan.rounds)]
 
 
-def _belady_kb_per_token(
+def _belady_misses_per_token(
     resident: Any, rounds: list[list[str]], options: dict[str, Any], slots: int
 ) -> float:
     """What decoding must fetch at least in the rounds that count, prompts before it included."""
@@ -146,14 +145,7 @@ def _belady_kb_per_token(
     misses = result.misses[events.kinds == REQUEST].reshape(-1, trace.num_layers).sum(axis=1)
     first_rows = np.unique(trace.call, return_index=True)[1]
     decoding = np.flatnonzero(trace.phase[first_rows] == DECODE)[calls_before:]
-    return float(misses[decoding].sum() * PAGE_BYTES / tokens / 1e3)
-
-
-def _aligned(model: Any) -> Any:
-    """Weights on aligned memory, as in moe_offload.verification."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
-    return model
+    return float(misses[decoding].sum() / tokens)
 
 
 def _row(

@@ -35,19 +35,15 @@ from harness import Row, environment, machine_name, print_table, save
 
 import moe_offload
 from moe_offload.models import tiny_moe_path
-from moe_offload.predictors.artefact import read_predictor, save_predictor
+from moe_offload.predictors import make_predictor
+from moe_offload.predictors.artefact import save_predictor
 from moe_offload.predictors.lossy_pregated import LossyPregated
-from moe_offload.predictors.pregate import PreGates, PreGateShape
+from moe_offload.predictors.pregate import PreGates
+from moe_offload.predictors.rpp_training import cosine
+from moe_offload.predictors.training import round_to_bf16
 
 WINDOW, ROWS = 256, 8  # of a training batch
 JUDGED_WINDOWS = 24  # per domain
-
-
-def load_gates(folder: Path) -> PreGates:
-    about, tensors = read_predictor(folder)
-    gates = PreGates(PreGateShape(**about["shape"]))
-    gates.load_state_dict(tensors)
-    return gates
 
 
 def fine_tune(gates: PreGates, domains: list[Domain], config: Any, minutes: float) -> Row:
@@ -58,9 +54,7 @@ def fine_tune(gates: PreGates, domains: list[Domain], config: Any, minutes: floa
     optimiser = torch.optim.AdamW(gates.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-3)
     start, steps, first, smoothed = time.monotonic(), 0, 0.0, 0.0
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
-        optimiser.param_groups[0]["lr"] = 1e-3 * (
-            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
-        )
+        optimiser.param_groups[0]["lr"] = 1e-3 * cosine(progress)
         batch = batches.next()
         hidden, _ = forward(w, config, batch[:, :-1], rope, pregates=gates)
         loss = token_loss(w, hidden, batch[:, 1:])
@@ -169,15 +163,13 @@ def main() -> None:
     domains = load_corpus(args.corpus, Tokenizer.from_file(str(tiny_moe_path() / "tokenizer.json")))
     exact: dict[str, Any] = {}
     rows = [{"variant": "exact: the model's routers", **judge(None, domains, exact)}]
-    gates = load_gates(args.gates)
+    gates = make_predictor(str(args.gates)).gates
     lossy = "lossy, gates trained to predict"
     rows.append({"variant": lossy, **judge(gates, domains, exact)})
     print_table(rows, COLUMNS)
-    gates = load_gates(args.gates)
+    gates.requires_grad_(True)
     done = fine_tune(gates, domains, config, args.minutes)
-    with torch.no_grad():
-        for tensor in gates.parameters():
-            tensor.copy_(tensor.to(torch.bfloat16))  # as they are stored
+    round_to_bf16(gates)
     rows.append({"variant": "lossy, gates fine-tuned", **judge(gates, domains, exact)})
     print_table(rows, COLUMNS, "Held-out text, the packaged model offloaded at 25 %")
     results = {"environment": record, "fine_tuning": done, "rows": rows}

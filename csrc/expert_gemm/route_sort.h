@@ -1,9 +1,10 @@
-// Routes sorted by expert, on the host, for kernels elsewhere.
+// Routes sorted by expert, on the host: for the CPU kernels, and for kernels on a GPU.
 //
-// The host has to know which experts have rows before it can ask the pager for their pages. So it
-// reads the routed ids, and having them it sorts them too: a counting sort, stable in route order.
-// The maps go to the device in one copy; sorting there instead would put a chain of launches in
-// front of the one read that the host waits for. A token may name an expert twice, or none.
+// For those the host has to know which experts have rows before it can ask the pager for their
+// pages. So it reads the routed ids, and having them it sorts them too: a counting sort, stable in
+// route order. The maps go to the device in one copy; sorting there instead would put a chain of
+// launches in front of the one read that the host waits for. A token may name an expert twice, or
+// none.
 #pragma once
 
 #include <algorithm>

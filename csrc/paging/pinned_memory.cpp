@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 #include <algorithm>
 #include <mutex>
-#include <new>
 #include <utility>
 
 namespace moe_offload {
@@ -14,35 +13,19 @@ constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; older he
 }  // namespace
 
 HostMemory::HostMemory(size_t nbytes) : nbytes_(nbytes) {
-    if (nbytes == 0) return;
-    mapped_bytes_ = (nbytes + kAlign - 1) / kAlign * kAlign + kAlign;
-    void* mapped = ::mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped == MAP_FAILED) throw std::bad_alloc();
-    // Trim to the aligned part.
-    const auto base = reinterpret_cast<uintptr_t>(mapped);
-    const uintptr_t start = (base + kAlign - 1) / kAlign * kAlign;
-    if (start > base) ::munmap(mapped, start - base);
-    const uintptr_t end = base + mapped_bytes_;
-    mapped_bytes_ -= kAlign;
-    if (end > start + mapped_bytes_)
-        ::munmap(reinterpret_cast<void*>(start + mapped_bytes_), end - start - mapped_bytes_);
-    data_ = reinterpret_cast<std::byte*>(start);
-    ::madvise(data_, mapped_bytes_, MADV_HUGEPAGE);  // fewer entries to pin; a wish, not a need
+    if (nbytes > 0) region_ = HugeRegion(nbytes);
 }
 
-HostMemory::~HostMemory() { release(); }
-
 void HostMemory::release() {
-    if (data_ != nullptr) ::munmap(std::exchange(data_, nullptr), mapped_bytes_);
+    region_ = {};
     nbytes_ = 0;
 }
 
 void HostMemory::populate(size_t offset, size_t nbytes) {
     const size_t begin = offset / PinnedRanges::kPageBytes * PinnedRanges::kPageBytes;
-    const size_t end = std::min(offset + nbytes, mapped_bytes_);
+    const size_t end = std::min(offset + nbytes, region_.size());
     // Where the kernel does not know it, registering takes the pages one by one, only slower.
-    if (end > begin) ::madvise(data_ + begin, end - begin, kPopulateWrite);
+    if (end > begin) ::madvise(data() + begin, end - begin, kPopulateWrite);
 }
 
 PinnedRanges::PinnedRanges(std::shared_ptr<const CudaContext> context, size_t budget_bytes)

@@ -13,20 +13,17 @@
 #include <string>
 
 #include "cuda_driver.h"
+#include "huge_pages.h"
 
 namespace moe_offload {
 
 // Zeroed memory, aligned to and advised for huge pages. Takes room when it is first written.
 class HostMemory {
   public:
-    static constexpr size_t kAlign = size_t{2} << 20;
     // Throws std::bad_alloc.
     explicit HostMemory(size_t nbytes);
-    ~HostMemory();
-    HostMemory(const HostMemory&) = delete;
-    HostMemory& operator=(const HostMemory&) = delete;
 
-    std::byte* data() const { return data_; }
+    std::byte* data() const { return region_.data(); }
     size_t nbytes() const { return nbytes_; }
     // Gives the memory back; data() is null then.
     void release();
@@ -34,8 +31,8 @@ class HostMemory {
     void populate(size_t offset, size_t nbytes);
 
   private:
-    std::byte* data_ = nullptr;
-    size_t nbytes_ = 0, mapped_bytes_ = 0;
+    HugeRegion region_;
+    size_t nbytes_ = 0;
 };
 
 // Thread safe. When release() or the destructor runs, no copy may be running.

@@ -12,6 +12,7 @@
 #include "fake_source.h"
 #include "paging/host_copy_engine.h"
 #include "paging/pager.h"
+#include "total_counters.h"
 
 namespace moe_offload {
 
@@ -69,24 +70,7 @@ struct Pool {
         CHECK_EQ(seen.size(), experts.size());
     }
 
-    LayerCounters total() const {
-        LayerCounters sum;
-        for (const LayerCounters& layer : pager->counters()) {
-            sum.lookups += layer.lookups;
-            sum.hits += layer.hits;
-            sum.prefetch_hits += layer.prefetch_hits;
-            sum.joined_prefetches += layer.joined_prefetches;
-            sum.demand_misses += layer.demand_misses;
-            sum.bypasses += layer.bypasses;
-            sum.evictions += layer.evictions;
-            sum.demand_bytes += layer.demand_bytes;
-            sum.prefetch_bytes_used += layer.prefetch_bytes_used;
-            sum.prefetch_bytes_wasted += layer.prefetch_bytes_wasted;
-            sum.fill_bytes += layer.fill_bytes;
-            sum.stall_ns += layer.stall_ns;
-        }
-        return sum;
-    }
+    LayerCounters total() const { return total_counters(*pager); }
 
     std::set<std::pair<int32_t, int32_t>> residents() const {
         std::set<std::pair<int32_t, int32_t>> pages;

@@ -14,6 +14,7 @@
 #include "paging/host_copy_engine.h"
 #include "paging/memory_source.h"
 #include "paging/pager.h"
+#include "total_counters.h"
 
 using namespace moe_offload;
 
@@ -110,18 +111,7 @@ struct Pool {
         CHECK_EQ(seen.size(), experts.size());
     }
 
-    LayerCounters total() const {
-        LayerCounters sum;
-        for (const LayerCounters& layer : pager->counters()) {
-            sum.lookups += layer.lookups;
-            sum.hits += layer.hits;
-            sum.joined_prefetches += layer.joined_prefetches;
-            sum.demand_misses += layer.demand_misses;
-            sum.evictions += layer.evictions;
-            sum.demand_bytes += layer.demand_bytes;
-        }
-        return sum;
-    }
+    LayerCounters total() const { return total_counters(*pager); }
 };
 
 void check_no_misuse() {

@@ -19,7 +19,7 @@ constexpr size_t kPage = PinnedRanges::kPageBytes;
 void memory_is_aligned_zeroed_and_writable_to_its_end() {
     for (const size_t nbytes : {size_t{1}, size_t{4096}, (size_t{2} << 20) + 5}) {
         HostMemory memory(nbytes);
-        CHECK_EQ(reinterpret_cast<uintptr_t>(memory.data()) % HostMemory::kAlign, 0u);
+        CHECK_EQ(reinterpret_cast<uintptr_t>(memory.data()) % kHugePage, 0u);
         memory.populate(0, nbytes);
         CHECK(memory.data()[nbytes - 1] == std::byte{0});
         std::memset(memory.data(), 9, nbytes);

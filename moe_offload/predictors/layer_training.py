@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe_offload.errors import PredictorError
 from moe_offload.huggingface.observe import Observer, observe
 from moe_offload.predictors.preattention import INPUT_EPS
-from moe_offload.predictors.rpp_training import Sample, TrainingReport
+from moe_offload.predictors.rpp_training import Sample, TrainingReport, cosine
 
 Moment = Literal["layer", "block"]  # before attention; what the router sees
 _INNER_STEPS = 4  # optimiser steps per forward of the model, on disjoint rows of it
@@ -111,8 +111,7 @@ def train_on_layers(
         if optimiser is None:
             parameters = make(inputs, targets)
             optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3)
-        rate = learning_rate * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress)))
-        optimiser.param_groups[0]["lr"] = float(rate)
+        optimiser.param_groups[0]["lr"] = learning_rate * cosine(progress)
         for part in torch.randperm(inputs.shape[1]).chunk(_INNER_STEPS):
             loss = loss_of(inputs[:, part], targets[:, part])
             optimiser.zero_grad(set_to_none=True)

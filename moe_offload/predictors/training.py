@@ -59,7 +59,7 @@ def save_rpp(
     seed: int,
 ) -> None:
     """Judge an RPP in the precision it is stored in, and write it with its card."""
-    _round_to_bf16(model)
+    round_to_bf16(model)
     domains = sorted({sample.domain for sample in judged})
     report.held_out = {"all": judge_rpp(model, judged)}
     if len(domains) > 1:
@@ -155,7 +155,7 @@ def save_pregates(
     """Judge pre-gates in the precision they are stored in, and write them with their card."""
     from moe_offload.predictors.pregate_training import judge_pregates
 
-    _round_to_bf16(gates)
+    round_to_bf16(gates)
     report.held_out = judge_pregates(model, gates, judged)
     training = _facts(report, data, seed, train, judged)
     shape = dict(vars(gates.shape))
@@ -163,7 +163,8 @@ def save_pregates(
     save_predictor(folder, "pregate", gates.state_dict(), shape, training, card)
 
 
-def _round_to_bf16(module: Any) -> None:
+def round_to_bf16(module: Any) -> None:
+    """Parameters as they are stored."""
     with torch.no_grad():
         for tensor in module.parameters():
             tensor.copy_(tensor.to(torch.bfloat16))

@@ -4,8 +4,10 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <string>
 
 #include "expert_gemm/cpu/thread_pool.h"
+#include "expert_gemm/route_sort.h"
 
 namespace moe_offload {
 namespace {
@@ -80,11 +82,6 @@ float weight_at(const FfnInputs& inputs, int64_t i) {
     return value;
 }
 
-int64_t id_at(const FfnInputs& inputs, int64_t i) {
-    return inputs.ids_are_int64 ? static_cast<const int64_t*>(inputs.topk_ids)[i]
-                                : static_cast<const int32_t*>(inputs.topk_ids)[i];
-}
-
 }  // namespace
 
 FfnRun::FfnRun(const FfnShape& shape, const FfnInputs& inputs, const Kernels& kernels,
@@ -94,32 +91,30 @@ FfnRun::FfnRun(const FfnShape& shape, const FfnInputs& inputs, const Kernels& ke
       kernels_(kernels),
       num_threads_(num_threads),
       num_rows_(inputs.num_tokens * inputs.top_k) {
-    std::vector<int64_t> counts(static_cast<size_t>(shape.num_experts), 0);
-    int64_t num_ours = 0;
-    for (int64_t i = 0; i < num_rows_; ++i) {
-        const int64_t id = id_at(inputs, i);
-        if (id < 0 || id >= shape.num_experts) continue;
-        ++counts[static_cast<size_t>(id)];
-        ++num_ours;
-    }
+    if (num_rows_ > INT32_MAX)
+        throw std::invalid_argument("FfnRun: expected fewer than 2^31 routes, got " +
+                                    std::to_string(num_rows_));
+    const auto num_routes = static_cast<int32_t>(num_rows_);
+    const auto size = static_cast<size_t>(num_routes);
+    std::vector<int32_t> route_of_row(size), row_of_route(size), active(size);
+    std::vector<int32_t> offsets(static_cast<size_t>(shape.num_experts) + 1);
+    int32_t num_active = 0;
+    const RouteMaps maps{route_of_row.data(), row_of_route.data(), offsets.data(), active.data(),
+                         &num_active};
+    const auto num_experts = static_cast<int32_t>(shape.num_experts);
+    if (inputs.ids_are_int64)
+        sort_routes(static_cast<const int64_t*>(inputs.topk_ids), num_routes, num_experts, maps);
+    else
+        sort_routes(static_cast<const int32_t*>(inputs.topk_ids), num_routes, num_experts, maps);
+    experts_.assign(active.begin(), active.begin() + num_active);
     offsets_.push_back(0);
-    for (size_t expert = 0; expert < counts.size(); ++expert) {
-        if (counts[expert] == 0) continue;
-        experts_.push_back(static_cast<int32_t>(expert));
-        const int64_t begin = offsets_.back();
-        offsets_.push_back(begin + counts[expert]);
-        counts[expert] = begin;  // from here on: where the expert's next row goes
-    }
-    row_ids_.resize(static_cast<size_t>(num_ours));
-    tokens_.resize(static_cast<size_t>(num_ours));
-    row_weights_.resize(static_cast<size_t>(num_ours));
-    for (int64_t i = 0; i < num_rows_; ++i) {
-        const int64_t id = id_at(inputs, i);
-        if (id < 0 || id >= shape.num_experts) continue;
-        const auto at = static_cast<size_t>(counts[static_cast<size_t>(id)]++);
-        row_ids_[at] = i;
-        tokens_[at] = i / inputs.top_k;
-        row_weights_[at] = weight_at(inputs, i);
+    for (const int32_t expert : experts_)
+        offsets_.push_back(offsets[static_cast<size_t>(expert) + 1]);
+    const int64_t num_ours = offsets_.back();
+    row_ids_.assign(route_of_row.begin(), route_of_row.begin() + num_ours);
+    for (const int64_t route : row_ids_) {
+        tokens_.push_back(route / inputs.top_k);
+        row_weights_.push_back(weight_at(inputs, route));
     }
     if (num_ours > 0)
         y_ = Buffer(static_cast<size_t>(num_rows_ * shape.hidden) * item_size(shape.dtype));
