@@ -46,6 +46,22 @@ WeightView view(const std::optional<View>& given) {
     return {reinterpret_cast<const std::byte*>(address), slot_stride, row_stride, k_stride};
 }
 
+WeightFormat format_named(const std::string& name) {
+    static constexpr const char* kNames[] = {"plain", "mxfp4", "fp8_block", "fp8_block_bf16"};
+    for (int32_t i = 0; i < 4; ++i)
+        if (name == kNames[i]) return static_cast<WeightFormat>(i);
+    throw std::invalid_argument("weight format: the CPU kernels do not know " + name);
+}
+
+// address, slot stride
+using Scales = std::pair<uintptr_t, int64_t>;
+
+void set_scales(WeightView& view, const std::optional<Scales>& given) {
+    if (!given) return;
+    view.scales = reinterpret_cast<const std::byte*>(given->first);
+    view.scales_stride = given->second;
+}
+
 ExpertFfn make_ffn(int64_t hidden, int64_t inner, int64_t num_experts, const std::string& dtype,
                    const std::string& activation, bool gated, float alpha, float limit,
                    float offset, const std::string& isa) {
@@ -106,14 +122,24 @@ void bind_expert_ffn(py::module_& m) {
     py::class_<FfnWeights>(m, "FfnWeights")
         .def(py::init([](const View& up, const View& down, const std::optional<View>& gate,
                          const std::optional<View>& up_bias, const std::optional<View>& down_bias,
-                         const std::optional<View>& gate_bias) {
-                 return FfnWeights{view(gate),      view(up),      view(down),
-                                   view(gate_bias), view(up_bias), view(down_bias)};
+                         const std::optional<View>& gate_bias, const std::string& format,
+                         const std::optional<Scales>& up_scales,
+                         const std::optional<Scales>& down_scales,
+                         const std::optional<Scales>& gate_scales) {
+                 FfnWeights weights{view(gate),          view(up),      view(down),
+                                    view(gate_bias),     view(up_bias), view(down_bias),
+                                    format_named(format)};
+                 set_scales(weights.up, up_scales);
+                 set_scales(weights.down, down_scales);
+                 set_scales(weights.gate, gate_scales);
+                 return weights;
              }),
              "up"_a, "down"_a, "gate"_a = py::none(), "up_bias"_a = py::none(),
-             "down_bias"_a = py::none(), "gate_bias"_a = py::none(),
+             "down_bias"_a = py::none(), "gate_bias"_a = py::none(), "format"_a = "plain",
+             "up_scales"_a = py::none(), "down_scales"_a = py::none(), "gate_scales"_a = py::none(),
              "Each view: (address of slot 0, bytes to the next slot, to the next row, to the next "
-             "element of a row).");
+             "element of a row); scales of quantised matrices: (address of slot 0, bytes to the "
+             "next).");
 
     py::class_<FfnRun>(m, "FfnRun")
         .def_property_readonly("experts", &FfnRun::experts)

@@ -173,6 +173,10 @@ class FfnWeights:
         up_bias: View | None = None,
         down_bias: View | None = None,
         gate_bias: View | None = None,
+        format: str = "plain",
+        up_scales: tuple[int, int] | None = None,
+        down_scales: tuple[int, int] | None = None,
+        gate_scales: tuple[int, int] | None = None,
     ) -> None: ...
 
 class FfnRun:

@@ -36,6 +36,18 @@ E4M3_MAX = 448.0
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
+SCALES = "_scales"  # a page's section "down_proj" holds codes, "down_proj_scales" their scales
+_FORMAT_OF_CODES = {
+    torch.float8_e4m3fn: "fp8_block",
+    torch.uint8: "mxfp4",
+    torch.int32: "int4_group",
+}
+
+
+def format_of(dtype: torch.dtype) -> str:
+    """The format whose codes have this dtype; "plain" for numbers to compute with."""
+    return _FORMAT_OF_CODES.get(dtype, "plain")
+
 
 def check_size(format: str, rows: int, columns: int, group_size: int = 0) -> None:
     """Raise ValueError unless a [rows, columns] matrix can be stored in this format."""
@@ -211,7 +223,9 @@ def lossy_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     values = groups / (scales - 127).exp2()[..., None]
     magnitudes = torch.tensor(E2M1[:8], device=weight.device)
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
-    codes = torch.bucketize(values.abs(), middles).byte() | (values.signbit().byte() << 3)
+    codes = torch.bucketize(values.abs().contiguous(), middles).byte() | (
+        values.signbit().byte() << 3
+    )
     return codes[..., ::2] | (codes[..., 1::2] << 4), scales.byte()
 
 

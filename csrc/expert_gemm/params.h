@@ -38,6 +38,15 @@ struct ActivationSpec {
     float alpha = 1.0f, limit = 0.0f, offset = 0.0f;  // kClampedSwiglu only
 };
 
+// How a matrix holds its numbers. Quantised ones mean bf16 (code times scale, rounded once), and
+// lie row after row without gaps; moe_offload/quantization.py has the layouts.
+enum class WeightFormat : int32_t {
+    kPlain = 0,  // in FfnShape::dtype
+    kMxfp4 = 1,
+    kFp8Block = 2,      // scales in fp32
+    kFp8BlockBF16 = 3,  // scales in bf16
+};
+
 // Element k of row n of the matrix in slot s is at base + s * slot_stride + n * row_stride +
 // k * k_stride (bytes). Either k_stride is an element, or the matrix is stored transposed: rows are
 // one element apart, or two where gate and up alternate (gate begins with the base, up one element
@@ -46,16 +55,22 @@ struct WeightView {
     const std::byte* base = nullptr;
     int64_t slot_stride = 0;
     int64_t row_stride = 0;
-    int64_t k_stride = 0;  // of no meaning for a bias
+    int64_t k_stride = 0;               // of no meaning for a bias and for quantised matrices
+    const std::byte* scales = nullptr;  // of a quantised matrix, of its row 0
+    int64_t scales_stride = 0;          // from slot to slot
 
     const std::byte* slot(int64_t s) const { return base ? base + s * slot_stride : nullptr; }
+    const std::byte* slot_scales(int64_t s) const {
+        return scales ? scales + s * scales_stride : nullptr;
+    }
 };
 
 struct FfnWeights {
-    WeightView gate, up;            // [S, F, H]; gate only when gated
-    WeightView down;                // [S, H, F]
-    WeightView gate_bias, up_bias;  // [S, F] or null
-    WeightView down_bias;           // [S, H] or null
+    WeightView gate, up;                         // [S, F, H]; gate only when gated
+    WeightView down;                             // [S, H, F]
+    WeightView gate_bias, up_bias;               // [S, F] or null
+    WeightView down_bias;                        // [S, H] or null
+    WeightFormat format = WeightFormat::kPlain;  // of gate, up and down; biases are plain
 };
 
 struct FfnShape {

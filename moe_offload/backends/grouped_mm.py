@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.device import read_ids
+from moe_offload.quantization import format_of
 
 if TYPE_CHECKING:
     from moe_offload.pager import ExpertPool
@@ -37,7 +38,8 @@ class GroupedMM:
         return None
 
     def supports(self, module: Any, layout: PageLayout) -> str | None:
-        return None
+        formats = {format_of(section.dtype) for section in layout.sections} - {"plain"}
+        return f"it has no kernels for {', '.join(formats)} weights" if formats else None
 
     def bind(self, module: Any, layout: PageLayout, num_experts: int) -> _Bound:
         return _Bound(module, num_experts)

@@ -3,6 +3,7 @@
 Weights are read where they are, pages in slots or a resident model's parameters, so both give the
 same bits. `csrc/expert_gemm/cpu/kernels.h` says how; `MOE_OFFLOAD_CPU_ISA` forces an instruction
 set, for tests. Bits depend on the instruction set and the dtype, not on threads, slots or arrival.
+Quantised pages are computed in bfloat16, with the bits of the same pages dequantised.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from moe_offload import _core
 from moe_offload.activations import Activation, recognise, unsupported
+from moe_offload.quantization import FP8_BLOCK, MXFP4_GROUP, SCALES, format_of
 
 if TYPE_CHECKING:
     from moe_offload.pager import ExpertPool
     from moe_offload.pages import PageLayout
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+FORMATS = ("plain", "mxfp4", "fp8_block")
 _FLOATS = tuple(DTYPES)
 
 
@@ -33,23 +36,37 @@ class Native:
         return None  # _core is always built, and its plain path runs everywhere
 
     def supports(self, module: Any, layout: PageLayout) -> str | None:
-        return unsupported(module, [section.dtype for section in layout.sections], DTYPES)
+        form = weight_format(layout)
+        if form == "plain":
+            return unsupported(module, [section.dtype for section in layout.sections], DTYPES)
+        if form not in FORMATS:
+            return f"it has no kernels for {form} weights"
+        biases = [s.dtype for s in layout.sections if s.name.endswith("_bias")]
+        return unsupported(module, [torch.bfloat16, *biases], DTYPES)
 
     def bind(self, module: Any, layout: PageLayout, num_experts: int) -> BoundLayer:
         activation = recognise(module)
         assert isinstance(activation, Activation), "bind follows a supports() of None"
-        shapes = {section.name: section.shape for section in layout.sections}
-        transposed = module.is_transposed
-        hidden, inner = shapes["down_proj"][::-1] if transposed else shapes["down_proj"]
+        form, down = weight_format(layout), layout.section("down_proj")
+        transposed = module.is_transposed and form == "plain"  # codes are always [N, K]
+        hidden, inner = down.shape[::-1] if transposed else (down.shape[0], down.shape[1])
+        if form == "mxfp4":
+            inner *= MXFP4_GROUP
         return BoundLayer(
             activation,
             hidden=hidden,
             inner=inner,
             num_experts=num_experts,
-            dtype=layout.sections[0].dtype,
+            dtype=down.dtype if form == "plain" else torch.bfloat16,
             concatenated=getattr(module, "is_concatenated", True),
             transposed=transposed,
+            weight_format=form,
         )
+
+
+def weight_format(layout: PageLayout) -> str:
+    """How the pages hold weights: of `quantization.FORMATS`."""
+    return format_of(layout.section("down_proj").dtype)
 
 
 class BoundLayer:
@@ -61,6 +78,7 @@ class BoundLayer:
         dtype: of the weights; hidden states are converted to it, as grouped_mm does.
         concatenated: gate and up are two halves of the first projection; else its rows alternate.
         transposed: matrices are [K, N], as gpt-oss has them.
+        weight_format: of FORMATS; dtype is bfloat16 and `transposed` False unless it is plain.
         isa: instruction set, "auto" for the best one.
     """
 
@@ -74,10 +92,12 @@ class BoundLayer:
         concatenated: bool = True,
         transposed: bool = False,
         isa: str = "auto",
+        weight_format: str = "plain",
     ) -> None:
         self.activation, self.dtype = activation, dtype
         self.hidden, self.inner, self.num_experts = hidden, inner, num_experts
         self._concatenated, self._transposed = concatenated, transposed
+        self._format = weight_format
         self.ffn = _core.ExpertFfn(
             hidden=hidden,
             inner=inner,
@@ -103,7 +123,10 @@ class BoundLayer:
         return self._slots
 
     def weights(self, tensors: Mapping[str, Tensor]) -> _core.FfnWeights:
-        """Parameters [E or S, ...] by name as the kernels address them; matrices contiguous."""
+        """Parameters [E or S, ...] by name as the kernels address them; matrices contiguous.
+
+        Quantised matrices come with their scales under the name + "_scales".
+        """
         first = "gate_up_proj" if self.activation.gated else "up_proj"
         gate, up = self._halves(self._rows(tensors[first]))
         bias, down_bias = tensors.get(f"{first}_bias"), tensors.get("down_proj_bias")
@@ -115,7 +138,28 @@ class BoundLayer:
             up_bias=_view(up_bias) if up_bias is not None else None,
             down_bias=_view(down_bias) if down_bias is not None else None,
             gate_bias=_view(gate_bias) if gate_bias is not None else None,
+            **self._scales(tensors, first),
         )
+
+    def _scales(self, tensors: Mapping[str, Tensor], first: str) -> dict[str, Any]:
+        """The format and the scales of quantised matrices as `FfnWeights` takes them."""
+        if self._format == "plain":
+            return {}
+        scales, down = tensors[first + SCALES], tensors["down_proj" + SCALES]
+        gate: Tensor | None = None
+        if self.activation.gated and self._format == "fp8_block":
+            # gate and up were quantised each by itself: the grids lie one behind the other
+            blocks = -(-self.inner // FP8_BLOCK)
+            gate, up = scales[:, :blocks], scales[:, blocks:]
+        else:
+            gate, up = self._halves(scales)
+        in_bf16 = self._format == "fp8_block" and down.dtype == torch.bfloat16
+        return {
+            "format": "fp8_block_bf16" if in_bf16 else self._format,
+            "up_scales": _view(up)[:2],
+            "down_scales": _view(down)[:2],
+            "gate_scales": _view(gate)[:2] if gate is not None else None,
+        }
 
     def _rows(self, matrices: Tensor) -> Tensor:
         """[E, N, K], however they are stored."""
@@ -132,7 +176,7 @@ class BoundLayer:
 
 def _view(tensor: Tensor) -> tuple[int, int, int, int]:
     item = tensor.element_size()
-    k_stride = tensor.stride(2) if tensor.dim() == 3 else 1
+    k_stride = tensor.stride(2) if tensor.dim() >= 3 else 1
     return tensor.data_ptr(), tensor.stride(0) * item, tensor.stride(1) * item, k_stride * item
 
 

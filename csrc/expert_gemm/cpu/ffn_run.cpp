@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "expert_gemm/cpu/panel.h"
 #include "expert_gemm/cpu/thread_pool.h"
 #include "expert_gemm/route_sort.h"
 
@@ -22,48 +23,33 @@ constexpr int64_t kRowsPerByteTime = 8;
 // A thread keeps a chunk to itself, so chunks bound the imbalance; below 64 KiB they cost more.
 constexpr int64_t kChunksPerThread = 32, kMinChunkBytes = 64 << 10;
 
-// Columns of a transposed matrix that are turned into rows at a time: one cache line of bf16.
-constexpr int64_t kPanelColumns = 32;
-
-bool is_transposed(const WeightView& view, int64_t item) { return view.k_stride != item; }
-
-void check_strides(const FfnWeights& weights, int64_t item, bool gated) {
-    const auto bad = [&](const WeightView& view, int64_t apart) {
-        return is_transposed(view, item) && view.row_stride != apart;
-    };
-    const bool alternating = gated && weights.up.base == weights.gate.base + item;
-    if (bad(weights.up, alternating ? 2 * item : item) || bad(weights.down, item))
-        throw std::invalid_argument(
-            "FfnRun: a transposed matrix must have its columns one element apart, or two where "
-            "gate and up alternate");
+void check_strides(const FfnWeights& weights, const FfnShape& shape) {
+    const auto item = static_cast<int64_t>(item_size(shape.dtype));
+    const bool gated = shape.activation.gated;
+    const bool alternating = is_alternating(weights, shape.hidden, item);
     if (gated && (weights.gate.row_stride != weights.up.row_stride ||
                   weights.gate.k_stride != weights.up.k_stride))
         throw std::invalid_argument("FfnRun: gate and up must have the same strides");
+    if (weights.format == WeightFormat::kPlain) {
+        const auto bad = [&](const WeightView& view, int64_t apart) {
+            return is_transposed(view, weights.format, item) && view.row_stride != apart;
+        };
+        if (bad(weights.up, alternating ? 2 * item : item) || bad(weights.down, item))
+            throw std::invalid_argument(
+                "FfnRun: a transposed matrix must have its columns one element apart, or two where "
+                "gate and up alternate");
+        return;
+    }
+    if (weights.format == WeightFormat::kMxfp4 && (shape.hidden % 32 || shape.inner % 32))
+        throw std::invalid_argument("FfnRun: mxfp4 needs sizes in multiples of 32");
+    const int64_t up_bytes = code_row_bytes(weights.format, shape.hidden);
+    if (!weights.up.scales || !weights.down.scales || (gated && !weights.gate.scales) ||
+        weights.up.row_stride != (alternating ? 2 : 1) * up_bytes ||
+        weights.down.row_stride != code_row_bytes(weights.format, shape.inner))
+        throw std::invalid_argument(
+            "FfnRun: a quantised matrix needs scales, and its rows to lie without gaps, or in turn "
+            "where gate and up alternate");
 }
-
-// Rows of one or two transposed matrices in scratch, from the present panel of columns.
-struct Panel {
-    Panel(const Kernels& kernels, int64_t max_rows, int64_t k_size, int64_t item)
-        : kernels(kernels), k_size(k_size), item(item) {
-        // An odd number of cache lines: rows do not fall into one set of the L1.
-        stride = ((k_size * item + 63) / 64 | 1) * 64;
-        rows = Buffer(static_cast<size_t>(max_rows * stride));
-    }
-
-    // Columns [begin, end) of `view` become rows first, first + 1, ...; returns where row 0 of the
-    // whole matrix would be, so that row n is n * stride further on. `next`: a panel follows.
-    const std::byte* take(const std::byte* matrix, int64_t k_stride, int64_t begin, int64_t end,
-                          bool next, int64_t first) const {
-        std::byte* to = rows.data() + first * stride;
-        kernels.transpose(matrix + begin * item, k_stride, end - begin, k_size,
-                          next ? (end - begin) * item : 0, to, stride);
-        return to - begin * stride;
-    }
-
-    const Kernels& kernels;
-    int64_t k_size, item, stride;
-    Buffer rows;
-};
 
 float weight_at(const FfnInputs& inputs, int64_t i) {
     if (inputs.weights_dtype == Dtype::kF32)
@@ -122,7 +108,9 @@ FfnRun::FfnRun(const FfnShape& shape, const FfnInputs& inputs, const Kernels& ke
 
 void FfnRun::compute(const FfnWeights& weights,
                      std::span<const std::pair<int32_t, int32_t>> ready) {
-    check_strides(weights, static_cast<int64_t>(item_size(shape_.dtype)), shape_.activation.gated);
+    check_strides(weights, shape_);
+    if (weights.format != WeightFormat::kPlain && !kernels_.dequantise)
+        throw std::invalid_argument("FfnRun: quantised weights are computed in bfloat16 only");
     std::vector<Group> groups;
     size_t x = 0, h = 0;
     const auto line = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
@@ -199,15 +187,16 @@ void FfnRun::compute_batch(const FfnWeights& weights, std::span<const Group> gro
                                           to);
     });
 
-    // A panel has the features of whole tiles, and 64 bytes of a matrix at least.
-    const bool up_transposed = is_transposed(weights.up, item);
-    const bool down_transposed = is_transposed(weights.down, item);
-    const bool alternating = up_transposed && weights.up.row_stride != item;
-    const int64_t up_panel = std::max(k.row_step, kPanelColumns / (alternating ? 2 : 1));
-    const int64_t down_panel = std::max(k.row_step, kPanelColumns);
+    // A panel has the features of whole tiles, and 64 bytes of a transposed matrix at least.
+    const WeightFormat format = weights.format;
+    const bool up_in_place = !needs_panel(weights.up, format, item);
+    const bool down_in_place = !needs_panel(weights.down, format, item);
+    const bool alternating = is_alternating(weights, hidden, item);
+    const int64_t up_panel = std::max(k.row_step, kPanelRows / (alternating ? 2 : 1));
+    const int64_t down_panel = std::max(k.row_step, kPanelRows);
 
     const std::vector<Task> up_tasks =
-        cut(groups, inner, (gated ? 2 : 1) * hidden * item, up_transposed ? up_panel : k.row_step);
+        cut(groups, inner, (gated ? 2 : 1) * hidden * item, up_in_place ? k.row_step : up_panel);
     pool.run(threads, static_cast<int64_t>(up_tasks.size()), [&](int64_t task) {
         const Task& part = up_tasks[static_cast<size_t>(task)];
         const Group& group = groups[static_cast<size_t>(part.group)];
@@ -229,20 +218,19 @@ void FfnRun::compute_batch(const FfnWeights& weights, std::span<const Group> gro
         a.h = h.data() + group.h;
         a.scratch = scratch.get();
         const auto multiply = group.rows <= k.few_rows ? k.gate_up_few : k.gate_up_many;
-        if (!up_transposed) return multiply(a);
-        const Panel panel(k, 2 * up_panel, hidden, item);
-        const std::byte *gate = a.gate, *up = a.up;
+        if (up_in_place) return multiply(a);
+        const Panel panel(k, format, 2 * up_panel, hidden, item);
         a.row_stride = (alternating ? 2 : 1) * panel.stride;
         for (int64_t begin = part.begin; begin < part.end; begin += up_panel) {
             const int64_t end = std::min<int64_t>(part.end, begin + up_panel);
             const bool next = end < part.end;
             if (alternating) {
-                a.gate = panel.take(gate, weights.up.k_stride, 2 * begin, 2 * end, next, 0);
+                a.gate = panel.take(weights.gate, group.slot, 2 * begin, 2 * end, next, 0);
                 a.up = a.gate + panel.stride;
             } else {
-                a.up = panel.take(up, weights.up.k_stride, begin, end, next, 0);
+                a.up = panel.take(weights.up, group.slot, begin, end, next, 0);
                 if (gated)
-                    a.gate = panel.take(gate, weights.up.k_stride, begin, end, next, up_panel);
+                    a.gate = panel.take(weights.gate, group.slot, begin, end, next, up_panel);
             }
             a.begin = begin;
             a.end = end;
@@ -251,7 +239,7 @@ void FfnRun::compute_batch(const FfnWeights& weights, std::span<const Group> gro
     });
 
     const std::vector<Task> down_tasks =
-        cut(groups, hidden, inner * item, down_transposed ? down_panel : k.row_step);
+        cut(groups, hidden, inner * item, down_in_place ? k.row_step : down_panel);
     pool.run(threads, static_cast<int64_t>(down_tasks.size()), [&](int64_t task) {
         const Task& part = down_tasks[static_cast<size_t>(task)];
         const Group& group = groups[static_cast<size_t>(part.group)];
@@ -272,13 +260,12 @@ void FfnRun::compute_batch(const FfnWeights& weights, std::span<const Group> gro
         a.y = y_.data();
         a.scratch = scratch.get();
         const auto multiply = group.rows <= k.few_rows ? k.down_few : k.down_many;
-        if (!down_transposed) return multiply(a);
-        const Panel panel(k, down_panel, inner, item);
-        const std::byte* down = a.down;
+        if (down_in_place) return multiply(a);
+        const Panel panel(k, format, down_panel, inner, item);
         a.row_stride = panel.stride;
         for (int64_t begin = part.begin; begin < part.end; begin += down_panel) {
             const int64_t end = std::min<int64_t>(part.end, begin + down_panel);
-            a.down = panel.take(down, weights.down.k_stride, begin, end, end < part.end, 0);
+            a.down = panel.take(weights.down, group.slot, begin, end, end < part.end, 0);
             a.begin = begin;
             a.end = end;
             multiply(a);

@@ -1,4 +1,4 @@
-// The seam between the order of work (ffn_run.cpp) and the instruction sets: eight functions per
+// The seam between the order of work (ffn_run.cpp) and the instruction sets: a few functions per
 // (instruction set, dtype), picked at run time.
 //
 // An expert with few rows is bound by the bytes of its weights, one with many by arithmetic; the
@@ -57,6 +57,17 @@ struct DownArgs {
     std::byte* scratch;
 };
 
+struct DequantiseArgs {
+    WeightFormat format;
+    const std::byte* codes;   // of row 0
+    const std::byte* scales;  // of row 0
+    int64_t k_size;
+    int64_t begin, end;  // rows to unpack
+    int64_t prefetch;    // so many bytes of codes further on are fetched into L2; 0: none
+    std::byte* to;       // rows of bf16
+    int64_t to_stride;   // bytes
+};
+
 struct Kernels {
     const char* isa;
     int64_t few_rows;    // up to so many rows the few-row kernels are faster
@@ -79,6 +90,8 @@ struct Kernels {
     // Columns of a transposed matrix to rows, see transpose.h.
     void (*transpose)(const std::byte* from, int64_t k_stride, int64_t columns, int64_t k_size,
                       int64_t prefetch, std::byte* to, int64_t to_stride);
+    // Rows of a quantised matrix to bf16, see dequantise.h; null for other dtypes.
+    void (*dequantise)(const DequantiseArgs&);
     // out[i] = sum over a of y[a * stride + i], in order, skipping a where use[a] is false.
     void (*combine)(const std::byte* y, int64_t stride, const bool* use, int64_t top_k, int64_t n,
                     void* out);

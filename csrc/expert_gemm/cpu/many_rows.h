@@ -11,6 +11,7 @@
 #pragma once
 
 #include "expert_gemm/cpu/activations.h"
+#include "expert_gemm/cpu/dequantise.h"
 #include "expert_gemm/cpu/few_rows.h"
 #include "expert_gemm/cpu/kernels.h"
 #include "expert_gemm/cpu/ops.h"
@@ -357,6 +358,7 @@ Kernels make_kernels(const char* isa) {
     k.down_few = &down_few<FewOp>;
     k.down_many = &down_many<Tile>;
     k.transpose = &transpose_panel<typename Op::T>;
+    if constexpr (__is_same(typename Op::T, BF16)) k.dequantise = &dequantise<typename Op::L>;
     k.combine = &combine_rows<Op>;
     return k;
 }

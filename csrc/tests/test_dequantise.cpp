@@ -1,0 +1,158 @@
+// Unpacking quantised weights: every code under every scale, on every instruction set, against the
+// formats' definitions in double; bytes outside the rows stay as they are.
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "expert_gemm/cpu/kernels.h"
+#include "quantised_section.h"
+
+using namespace moe_offload;
+
+namespace {
+
+double value_of(uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+// The bf16 nearest to an exact value, ties to even.
+uint16_t bf16_of(double exact) {
+    const auto value = static_cast<float>(exact);  // exact: the tests' products fit fp32
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+std::vector<const Kernels*> all_kernels() {
+    std::vector<const Kernels*> found;
+    for (int32_t isa = 0; isa < 6; ++isa)
+        if (const Kernels* kernels = kernels_for(static_cast<Isa>(isa), Dtype::kBF16))
+            found.push_back(kernels);
+    return found;
+}
+
+struct Matrix {
+    WeightFormat format;
+    int64_t rows, k_size;
+    std::vector<std::byte> codes, scales;
+
+    // Rows [begin, end), with a guard of 0xabcd behind each row and around all.
+    std::vector<uint16_t> unpack(const Kernels& kernels, int64_t begin, int64_t end) const {
+        const auto stride = static_cast<size_t>(k_size + 5);
+        std::vector<uint16_t> out(stride * static_cast<size_t>(end - begin) + 10, 0xabcd);
+        kernels.dequantise({format, codes.data(), scales.data(), k_size, begin, end, 0,
+                            reinterpret_cast<std::byte*>(out.data() + 5),
+                            static_cast<int64_t>(stride) * 2});
+        return out;
+    }
+    template <class Want>
+    void check(const Kernels& kernels, int64_t begin, int64_t end, const Want& want) const {
+        const std::vector<uint16_t> out = unpack(kernels, begin, end);
+        const auto stride = static_cast<size_t>(k_size + 5);
+        for (size_t i = 0; i < out.size(); ++i) {
+            const auto n = static_cast<int64_t>((i - 5) / stride);
+            const auto k = static_cast<int64_t>((i - 5) % stride);
+            if (i < 5 || k >= k_size || n >= end - begin) {
+                CHECK_EQ(out[i], 0xabcd);
+                continue;
+            }
+            const double exact = want(begin + n, k);
+            if (std::isnan(exact))
+                CHECK(std::isnan(value_of(out[i])));
+            else
+                CHECK_EQ(out[i], bf16_of(exact));
+        }
+    }
+};
+
+void every_mxfp4_code_under_every_scale() {
+    // Row n has scale byte n; each group has all sixteen codes twice, at other places in each row.
+    Matrix m{WeightFormat::kMxfp4, 256, 96, {}, {}};
+    std::mt19937 rng(1);
+    for (int64_t n = 0; n < m.rows; ++n)
+        for (int g = 0; g < 3; ++g) {
+            m.scales.push_back(static_cast<std::byte>(n));
+            for (uint32_t i = 0, at = rng() % 16; i < 16; ++i)
+                m.codes.push_back(static_cast<std::byte>((i + at) % 16 | (i * 7 + at) % 16 << 4));
+        }
+    const auto want = [&](int64_t n, int64_t k) {
+        if (n == 255) return std::nan("");
+        const auto byte = static_cast<uint32_t>(m.codes[static_cast<size_t>(n * 48 + k / 2)]);
+        const double value = expert_case::e2m1_value(k % 2 ? byte >> 4 : byte & 15);
+        return std::ldexp(value, static_cast<int>(n) - 127);
+    };
+    for (const Kernels* kernels : all_kernels()) {
+        m.check(*kernels, 0, 256, want);
+        m.check(*kernels, 100, 101, want);
+    }
+}
+
+void fp8_blocks_of(int64_t rows, int64_t k_size, bool in_bf16) {
+    Matrix m{in_bf16 ? WeightFormat::kFp8BlockBF16 : WeightFormat::kFp8Block, rows, k_size, {}, {}};
+    std::mt19937 rng(2);
+    for (int64_t i = 0; i < rows * k_size; ++i)
+        m.codes.push_back(static_cast<std::byte>(i < 512 ? i & 255 : rng() & 255));
+    const int64_t across = (k_size + 127) / 128, down = (rows + 127) / 128;
+    std::vector<float> scales;
+    for (int64_t b = 0; b < across * down; ++b) {
+        // Of a few bits, so that products with the four of a code fit fp32; small, large, negative.
+        const int exponent = b % 4 == 0 ? -60 : b % 4 == 1 ? 40 : -8;
+        scales.push_back(std::ldexp(static_cast<float>(129 + rng() % 127), exponent) *
+                         (b % 5 == 4 ? -1.0f : 1.0f));
+        uint32_t bits;
+        std::memcpy(&bits, &scales.back(), 4);
+        for (int byte = in_bf16 ? 2 : 0; byte < 4; ++byte)
+            m.scales.push_back(static_cast<std::byte>(bits >> (8 * byte) & 255));
+    }
+    const auto want = [&](int64_t n, int64_t k) {
+        const auto code = static_cast<uint32_t>(m.codes[static_cast<size_t>(n * k_size + k)]);
+        return expert_case::e4m3_value(code) *
+               scales[static_cast<size_t>(n / 128 * across + k / 128)];
+    };
+    for (const Kernels* kernels : all_kernels()) {
+        m.check(*kernels, 0, rows, want);
+        if (rows > 130) m.check(*kernels, 125, 131, want);  // two rows of blocks
+    }
+}
+
+void every_fp8_code_in_blocks_of_all_sizes() {
+    for (const bool in_bf16 : {false, true}) {
+        fp8_blocks_of(1, 1, in_bf16);
+        fp8_blocks_of(3, 40, in_bf16);
+        fp8_blocks_of(140, 257, in_bf16);
+        fp8_blocks_of(130, 4230, in_bf16);  // more blocks than tables are held at a time
+    }
+}
+
+void the_smallest_and_largest_products_round_once() {
+    // The subnormal code 1 (2^-9) and the largest 448 under scales at the ends of fp32.
+    for (const float scale : {0x1p-126f, 0x1.8p-130f, 0x1p127f, 0x1p119f}) {
+        Matrix m{WeightFormat::kFp8Block, 1, 64, {}, {}};
+        for (int i = 0; i < 64; ++i) m.codes.push_back(static_cast<std::byte>(i % 2 ? 0x7e : 0x01));
+        m.scales.resize(4);
+        std::memcpy(m.scales.data(), &scale, 4);
+        const auto want = [&](int64_t, int64_t k) { return (k % 2 ? 448.0 : 0x1p-9) * scale; };
+        for (const Kernels* kernels : all_kernels()) m.check(*kernels, 0, 1, want);
+    }
+}
+
+void only_bf16_kernels_unpack() {
+    CHECK(all_kernels().size() >= 2);  // the plain ones and AMX in emulation
+    for (const Kernels* kernels : all_kernels()) CHECK(kernels->dequantise != nullptr);
+    CHECK(best_kernels(Dtype::kF32)->dequantise == nullptr);
+    CHECK(best_kernels(Dtype::kF16)->dequantise == nullptr);
+}
+
+}  // namespace
+
+int main() {
+    RUN(every_mxfp4_code_under_every_scale);
+    RUN(every_fp8_code_in_blocks_of_all_sizes);
+    RUN(the_smallest_and_largest_products_round_once);
+    RUN(only_bf16_kernels_unpack);
+}

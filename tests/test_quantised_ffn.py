@@ -1,0 +1,133 @@
+"""The CPU kernels on quantised weights: the bits of the same weights dequantised, on every
+instruction set, for every code and scale.
+
+`quantization.dequantise` in torch is the oracle for the weights, and the kernels on its bfloat16
+result are what the quantised call must equal; those are tested against fp64 in test_expert_ffn.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_expert_ffn import GPT_OSS, Case, Inputs
+from torch import Tensor
+
+from moe_offload import _core, quantization
+from moe_offload.backends.native import BoundLayer
+from moe_offload.quantization import SCALES
+
+torch.set_num_threads(1)
+ISAS = _core.cpu_isas("bfloat16")
+
+
+def quantised_twin(inputs: Inputs, form: str, bf16_scales: bool = False) -> dict[str, Tensor]:
+    """Replace the matrices of `inputs` by what a quantised copy of them means; returns the copy.
+
+    fp8's gate and up have a grid of blocks each, as checkpoints store them.
+    """
+    stored = dict(inputs.weights)
+    for name in [n for n in stored if n.endswith("_proj")]:
+        matrix = inputs.weights[name]
+        gated = name == "gate_up_proj" and form == "fp8_block"
+        parts = []
+        for part in matrix.split(inputs.case.inner, dim=1) if gated else [matrix]:
+            codes, scales = quantization.lossy_quantise(form, part, torch.bfloat16)
+            assert scales is not None
+            if bf16_scales:
+                scales = scales.bfloat16()
+            wide = scales.float() if form == "fp8_block" else scales
+            parts.append((codes, scales, quantization.dequantise(form, codes, wide, matrix.dtype)))
+        stored[name], stored[name + SCALES], inputs.weights[name] = (
+            torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)
+        )
+    return stored
+
+
+def quantised(inputs: Inputs, stored: dict[str, Tensor], form: str, isa: str, threads: int = 1,
+              concatenated: bool = True) -> Tensor:  # fmt: skip
+    case = inputs.case
+    layer = BoundLayer(
+        *(case.activation, case.hidden, case.inner, case.experts, torch.bfloat16),
+        concatenated=concatenated,
+        weight_format=form,
+        isa=isa,
+    )
+    run = inputs.start(layer, threads)
+    run.compute_all(layer.weights(stored))
+    return inputs.finish(run)
+
+
+CASES = [
+    Case("one-token", 1, 2, 4, 64, 32, bias=True),
+    Case("few-rows", 6, 2, 4, 96, 160, bias=True),
+    Case("eight-rows", 8, 1, 1, 288, 64),
+    Case("many-rows", 70, 2, 3, 160, 96, GPT_OSS, bias=True),
+    Case("several-blocks", 20, 2, 2, 320, 288),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("form", ["mxfp4", "fp8_block", "fp8_block_bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bits_are_those_of_dequantised_weights(case: Case, form: str, isa: str) -> None:
+    inputs = Inputs.make(case, torch.bfloat16)
+    in_bf16, form = form.endswith("_bf16"), form.removesuffix("_bf16")
+    stored = quantised_twin(inputs, form, in_bf16)
+    got = quantised(inputs, stored, form, isa)
+    assert torch.equal(got, inputs.native(isa))
+    assert torch.equal(quantised(inputs, stored, form, isa, threads=3), got)
+    for name in [n for n in stored if n.endswith(SCALES)]:  # each scale counts
+        changed = {**stored, name: stored[name].view(torch.uint8).flip(0).view(stored[name].dtype)}
+        if not torch.equal(changed[name], stored[name]):
+            assert not torch.equal(quantised(inputs, changed, form, isa), got)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 30])
+def test_fp8_sizes_off_the_blocks(isa: str, rows: int) -> None:
+    """A grid rounds up: neither F nor H need be multiples of 128, nor of a vector's width."""
+    for hidden, inner in ((16, 48), (144, 208), (272, 144), (4208, 16)):
+        inputs = Inputs.make(Case("", rows, 1, 2, hidden, inner), torch.bfloat16)
+        stored = quantised_twin(inputs, "fp8_block")
+        assert torch.equal(quantised(inputs, stored, "fp8_block", isa), inputs.native(isa))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_alternating_rows_of_gate_and_up(isa: str, tokens: int) -> None:
+    """gpt-oss: codes are [2F, H], gate and up in turn; the resident twin is [H, 2F]."""
+    inputs = Inputs.make(Case("", tokens, 2, 3, 96, 160, GPT_OSS, bias=True), torch.bfloat16)
+    stored = quantised_twin(inputs, "mxfp4")
+    layer = inputs.layer(isa, concatenated=False, transposed=True)
+    run = inputs.start(layer, 1)
+    columns = {
+        name: tensor.transpose(1, 2).contiguous() if tensor.dim() == 3 else tensor
+        for name, tensor in inputs.weights.items()
+    }
+    run.compute_all(layer.weights(columns))
+    expected = inputs.finish(run)
+    assert torch.equal(quantised(inputs, stored, "mxfp4", isa, concatenated=False), expected)
+
+
+def test_what_the_kernels_refuse() -> None:
+    inputs = Inputs.make(Case("", 2, 1, 2, 64, 64), torch.bfloat16)
+    layer = inputs.layer()
+    view = (0, 0, 32, 1)
+    run = inputs.start(layer, 1)
+    with pytest.raises(ValueError, match="needs scales"):
+        run.compute_all(_core.FfnWeights(up=view, down=view, gate=view, format="mxfp4"))
+    with pytest.raises(ValueError, match="do not know nf4"):
+        _core.FfnWeights(up=view, down=view, format="nf4")
+    odd = Inputs.make(Case("", 2, 1, 2, 48, 64), torch.bfloat16)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        odd.start(odd.layer(), 1).compute_all(
+            _core.FfnWeights(up=view, down=view, gate=view, format="mxfp4")
+        )
+    wide = Inputs.make(Case("", 2, 1, 2, 64, 64), torch.float32)
+    scales = (1, 0)
+    weights = _core.FfnWeights(
+        up=view, down=view, gate=view, format="mxfp4",
+        up_scales=scales, down_scales=scales, gate_scales=scales,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="bfloat16 only"):
+        wide.start(wide.layer(), 1).compute_all(weights)
