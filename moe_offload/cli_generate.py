@@ -73,13 +73,12 @@ def resolve_model(name: str) -> str:
 
 def load_config(path: str) -> Any:
     """The transformers config of a checkpoint, its files checked as far as headers go."""
-    from transformers import AutoConfig
-
-    from moe_offload.huggingface.loading import _check_location, _model_class
+    from moe_offload.huggingface.loading import _check_location, _model_class, _model_config
 
     _check_location(path, {})
-    _model_class(path, {})
-    return AutoConfig.from_pretrained(path)
+    config = _model_config(path, {})
+    _model_class(path, config)
+    return config
 
 
 def load_tokenizer(path: str) -> Any:

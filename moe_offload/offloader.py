@@ -7,6 +7,7 @@ nothing of transformers; `moe_offload.huggingface` finds the modules and supplie
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from moe_offload.errors import BudgetError, StateError
 from moe_offload.memory import available_memory_bytes
 from moe_offload.pager import MIN_SLOTS, ExpertPool, PagedLayer
 from moe_offload.pages import PageLayout
+from moe_offload.quantization import format_of
 from moe_offload.sources import PageSource, TensorPages
 from moe_offload.telemetry import layer_stats, total_stats, write_timeline
 
@@ -43,12 +45,34 @@ class ExpertLayer:
             arithmetic. None for layers that are only paged, never computed.
         num_experts: E.
         tensors: `{parameter name: (shape of one expert's slice, dtype)}`, in page order.
+        stored: the sections of a page where it holds quantised weights instead: codes under the
+            parameter's name, scales under the name + "_scales".
+        dequantised: why pages of a quantised checkpoint hold dequantised weights.
     """
 
     name: str
     module: Any
     num_experts: int
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None
+    dequantised: str | None = None
+
+    @property
+    def page(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The sections of a page: `{name: (shape, dtype)}`."""
+        return self.tensors if self.stored is None else self.stored
+
+    @property
+    def weight_format(self) -> str:
+        """How a page holds weights: of `quantization.FORMATS`."""
+        formats = {format_of(dtype) for _, dtype in self.page.values()} - {"plain"}
+        return min(formats, default="plain")
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all its experts as parameters of a resident model."""
+        each = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values())
+        return self.num_experts * each
 
 
 def plan_slots(
@@ -173,7 +197,7 @@ class Offloader:
         self._restored = False
         groups: dict[PageLayout, list[int]] = {}
         for index, layer in enumerate(self.layers):
-            groups.setdefault(PageLayout.build(layer.tensors), []).append(index)
+            groups.setdefault(PageLayout.build(layer.page), []).append(index)
         self._layouts = list(groups)
         self._num_pages = [
             sum(self.layers[index].num_experts for index in members) for members in groups.values()
@@ -262,9 +286,11 @@ class Offloader:
         prefetch_bytes_used, prefetch_bytes_wasted, fill_bytes, disk_bytes, evictions, bypasses,
         stall_seconds, overlap_seconds, device_budget_bytes, total_expert_bytes, num_slots,
         num_pages, resident_pages, policy, lossy (what changes tokens; None: nothing does),
-        expert_backend (several names when layers differ), io_mode, io_engine, io_fallback,
-        files_deleted, and per_layer: the same for each layer, with its expert_backend and, in
-        passed_over, why no faster one computes it (None: the fastest does). predictor is None
+        expert_backend (several names when layers differ), weight_format of the pages ("plain",
+        "mxfp4", "fp8_block"), io_mode, io_engine, io_fallback, files_deleted, and per_layer: the
+        same for each layer, with its expert_backend, in passed_over why no faster one computes it
+        (None: the fastest does), and in dequantised why pages of a quantised checkpoint are not
+        quantised (None: they are, or it is not). predictor is None
         without one; else its recall, time, and what it saved and wasted. On a GPU also, since
         construction: copied_bytes, num_copies, staged_bytes (not pinned, hence slow),
         pinned_bytes, pinning (1 while that goes on), pinning_limit (why not more), and for files
@@ -277,6 +303,8 @@ class Offloader:
             row["expert_backend"], row["passed_over"] = self._backends.get(
                 row["layer"], ("none", None)
             )
+            row["weight_format"] = self.layers[row["layer"]].weight_format
+            row["dequantised"] = self.layers[row["layer"]].dequantised
         return {
             **totals,
             "device_budget_bytes": self.device_budget_bytes,
@@ -287,6 +315,7 @@ class Offloader:
             "policy": self.config.policy,
             "lossy": self.lossy,
             "expert_backend": "/".join(sorted({row["expert_backend"] for row in per_layer})),
+            "weight_format": "/".join(sorted({row["weight_format"] for row in per_layer})),
             "io_mode": "/".join(sorted({pool.io_mode() for pool in self.pools})),
             "io_engine": "/".join(sorted({pool.io_engine() for pool in self.pools})),
             "io_fallback": next(filter(None, (pool.io_fallback() for pool in self.pools)), None),

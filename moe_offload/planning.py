@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_offload.config import format_bytes, parse_budget
+from moe_offload.config import OffloadConfig, format_bytes, parse_budget
 from moe_offload.offloader import ExpertLayer, plan_slots, smallest_budget
 from moe_offload.pages import PageLayout
 
@@ -55,13 +55,14 @@ class Plan:
         dense_bytes: memory of everything that is not a routed expert.
         expert_bytes: all experts as slots: a budget of 100%.
         source: what slots are filled from: "files" (byte ranges, read verbatim), "converted
-            files", "host memory" (live models), or "unknown" (files absent or quantised).
+            files", "host memory" (live models), or "unknown" (files absent).
         expert_disk_bytes: expert tensors in the checkpoint's files; None for live models and
             where the source is unknown.
         smallest_budget_bytes: the smallest budget this model works with.
         kv_cache_bytes_per_token: per token and sequence, None when it could not be measured.
         context_length: positions the model has, None if the config is silent.
         lossy: what changes the tokens of a live model, see `Offloader.lossy`.
+        weight_format: how pages hold weights: "plain", "mxfp4" or "fp8_block".
     """
 
     model: str
@@ -78,6 +79,7 @@ class Plan:
     kv_cache_bytes_per_token: int | None
     context_length: int | None
     lossy: str | None = None
+    weight_format: str = "plain"
 
     @property
     def num_layers(self) -> int:
@@ -130,6 +132,7 @@ class Plan:
         )
         if self.expert_disk_bytes is not None:
             how = "read verbatim" if self.source == "files" else "converted while read"
+            how += "" if self.weight_format == "plain" else f", {self.weight_format}"
             yield "experts, on disk", format_bytes(self.expert_disk_bytes), f"{pages}; {how}"
         else:
             known = {"host memory": "in host memory too", "files": "read from the checkpoint"}
@@ -176,7 +179,7 @@ def plan(model: Any, device_budget: int | str = "25%") -> Plan:
     facts = _live_facts(model) if isinstance(model, nn.Module) else _checkpoint_facts(model)
     groups: dict[PageLayout, list[int]] = {}
     for layer in facts.layers:
-        groups.setdefault(PageLayout.build(layer.tensors), []).append(layer.num_experts)
+        groups.setdefault(PageLayout.build(layer.page), []).append(layer.num_experts)
     layouts, num_pages = list(groups), [sum(counts) for counts in groups.values()]
     slots = plan_slots(layouts, num_pages, device_budget)
     total = sum(a.slot_stride * b for a, b in zip(layouts, num_pages, strict=True))
@@ -201,6 +204,7 @@ def plan(model: Any, device_budget: int | str = "25%") -> Plan:
         kv_cache_bytes_per_token=facts.kv_cache_bytes_per_token,
         context_length=context if isinstance(context, int) else None,
         lossy=facts.lossy,
+        weight_format="/".join(sorted({layer.weight_format for layer in facts.layers})),
     )
 
 
@@ -238,15 +242,15 @@ def _live_facts(model: nn.Module) -> _Facts:
 
 
 def _checkpoint_facts(path_or_id: str | os.PathLike[str]) -> _Facts:
-    from transformers import AutoConfig
-
     from moe_offload.huggingface.adapters import find_expert_layers
-    from moe_offload.huggingface.loading import _check_location, _model_class
+    from moe_offload.huggingface.loading import _check_location, _model_class, _model_config
+    from moe_offload.huggingface.quantised import dequantising_config
 
     path = os.fspath(path_or_id)
     _check_location(path, {})
-    model_class = _model_class(path, {})
-    config = AutoConfig.from_pretrained(path)
+    config = _model_config(path, {})
+    model_class = _model_class(path, config)
+    quantization = dequantising_config(config, path)
     checkpoint = _open_checkpoint(path)
     if config.dtype is None:  # as transformers: then the first floating tensor decides
         dtypes = [t.dtype for t in checkpoint.tensors.values()] if checkpoint else []
@@ -255,8 +259,8 @@ def _checkpoint_facts(path_or_id: str | os.PathLike[str]) -> _Facts:
     layers = find_expert_layers(model)
     source: Source = "unknown"
     disk_bytes = None
-    if checkpoint is not None and getattr(config, "quantization_config", None) is None:
-        source, disk_bytes = _expert_files(checkpoint, layers, model)
+    if checkpoint is not None:
+        source, disk_bytes, layers = _expert_files(checkpoint, layers, model, quantization)
     return _Facts(
         name=path,
         config=config,
@@ -287,18 +291,36 @@ def _open_checkpoint(path: str) -> Any:
     return None
 
 
-def _expert_files(checkpoint: Any, layers: list[ExpertLayer], model: Any) -> tuple[Source, int]:
-    """How experts lie in the files, and their bytes there."""
+def _expert_files(
+    checkpoint: Any, layers: list[ExpertLayer], model: Any, quantization: Any
+) -> tuple[Source, int, list[ExpertLayer]]:
+    """How experts lie in the files, their bytes there, and the layers with the pages they get."""
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     from moe_offload.huggingface.checkpoint import CheckpointExperts
+    from moe_offload.huggingface.quantised import (
+        allow_partial_blocks,
+        check_scales,
+        quantised_pages,
+    )
     from moe_offload.sources import FilePages
 
-    experts = CheckpointExperts(checkpoint, layers, model, get_model_conversion_mapping(model))
+    quantizer = None
+    if quantization is not None:
+        check_scales(checkpoint)
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+    mapping = get_model_conversion_mapping(model, None, quantizer)
+    allow_partial_blocks(mapping)
+    experts = CheckpointExperts(checkpoint, layers, model, mapping, cast=quantizer is None)
     everything = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     dense = sum(tensor.nbytes for tensor in experts.dense.values())
+    if quantizer is not None:
+        found = quantised_pages(experts, OffloadConfig())
+        if not isinstance(found, str):
+            return "files", everything - dense, found.layers
     verbatim = isinstance(experts.pages(), FilePages)
-    return "files" if verbatim else "converted files", everything - dense
+    return "files" if verbatim else "converted files", everything - dense, layers
 
 
 def _on_meta(model_class: Any, config: Any) -> Any:

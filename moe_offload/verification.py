@@ -228,7 +228,7 @@ def _reference(
 def _load_resident(attachment: Any) -> Any:
     origin = attachment.origin
     dense = sum(tensor.nbytes for tensor in attachment.model().state_dict().values())
-    needed = attachment.offloader.total_expert_bytes + dense
+    needed = sum(layer.resident_bytes for layer in attachment.layers) + dense
     available = available_memory_bytes()
     if needed > available:
         raise StateError(

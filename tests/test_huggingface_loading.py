@@ -233,40 +233,6 @@ def test_transposed_experts_on_disk_go_through_transformers_converter(tmp_path: 
     assert torch.equal(logits(loaded), logits(model))
 
 
-def quantise_fp8(folder: Path) -> None:
-    """Rewrite a checkpoint as the fp8 block format with one scale per 128 x 128 block."""
-    file = folder / "model.safetensors"
-    out: dict[str, Tensor] = {}
-    for key, tensor in load_file(file).items():
-        if not key.endswith("_proj.weight"):
-            out[key] = tensor
-            continue
-        blocks = [-(-size // 128) for size in tensor.shape]
-        scale = tensor.abs().float().amax() / 448
-        out[key] = (tensor.float() / scale).to(torch.float8_e4m3fn)
-        out[key.replace(".weight", ".weight_scale_inv")] = torch.full(blocks, float(scale))
-    save_file(out, file, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-        "activation_scheme": "dynamic",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU transformers keeps fp8 experts")
-def test_fp8_checkpoint_is_dequantised_page_by_page(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 128, "moe_intermediate_size": 128}
-    tiny_model("qwen3_moe", torch.bfloat16, **sizes).save_pretrained(tmp_path)
-    quantise_fp8(tmp_path)
-    plain = plain_model(tmp_path)
-    model = moe_offload.from_pretrained(tmp_path)
-    assert io_mode(model) == "converted"
-    assert torch.equal(logits(model), logits(plain))
-    assert moe_offload.get_offloader(model).stats()["disk_bytes"] > 0
-
-
 def test_options_go_to_offloader_or_to_transformers(folders: dict[str, Path]) -> None:
     model, info = moe_offload.from_pretrained(
         folders["qwen3_moe"],

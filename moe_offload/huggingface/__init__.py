@@ -13,6 +13,9 @@ _NEEDED = {
     "transformers": ["AutoConfig", "AutoModelForCausalLM", "PreTrainedModel"],
     "transformers.modeling_utils": ["PreTrainedModel._load_pretrained_model"],
     "transformers.integrations.moe": ["ALL_EXPERTS_FUNCTIONS", "grouped_mm_experts_forward"],
+    "transformers.conversion_mapping": ["get_model_conversion_mapping"],
+    "transformers.integrations.finegrained_fp8": ["Fp8Dequantize"],
+    "transformers.integrations.mxfp4": ["Mxfp4Dequantize"],
     "transformers.core_model_loading": [
         *["Concatenate", "MergeModulelist", "WeightConverter", "WeightRenaming"],
         *["build_glob_alternation", "dot_natural_key", "rename_source_key"],

@@ -20,6 +20,10 @@ from moe_offload.offloader import ExpertLayer
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _RESTORE = "call moe_offload.get_offloader(model).restore() first"
+_QUANTISED = (
+    "Quantised experts of a live model cannot be paged: load mxfp4 and fp8 checkpoints with "
+    "moe_offload.from_pretrained, others dequantised (quantization_config with dequantize=True)."
+)
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -117,8 +121,7 @@ def _no_experts(model: nn.Module) -> UnsupportedModelError:
     classes = ", ".join(sorted(suspects))
     if any(p.dtype not in _DTYPES for module in suspects.values() for p in module.parameters()):
         return UnsupportedModelError(
-            f"{named} keeps its experts quantised, in {classes}. Quantised experts are not "
-            "supported yet; load the model dequantised (quantization_config with dequantize=True)."
+            f"{named} keeps its experts quantised, in {classes}. {_QUANTISED}"
         )
     return UnsupportedModelError(
         f"{named} keeps its experts in {classes}, which does not use transformers' common experts "
@@ -145,8 +148,7 @@ def _refuse_unusual(model: nn.Module, name: str, module: nn.Module) -> None:
     if extra:
         raise UnsupportedModelError(
             f"{where} has the parameters {', '.join(extra)} besides {', '.join(sorted(expected))}: "
-            "quantised experts are not supported yet. Load the model dequantised "
-            "(quantization_config with dequantize=True)."
+            f"quantised experts. {_QUANTISED}"
         )
     sizes = set()
     for section in section_names(module):
@@ -155,8 +157,7 @@ def _refuse_unusual(model: nn.Module, name: str, module: nn.Module) -> None:
         if type(data) is not Tensor or tensor.dtype not in _DTYPES:
             raise UnsupportedModelError(
                 f"{where}: {section} is a {type(data).__name__} of {tensor.dtype}; expected plain "
-                "float32, float16 or bfloat16. Quantised experts are not supported yet; load the "
-                "model dequantised."
+                f"float32, float16 or bfloat16. {_QUANTISED}"
             )
         dims = 2 if section.endswith("_bias") else 3
         if tensor.dim() != dims:

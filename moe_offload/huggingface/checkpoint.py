@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.offloader import ExpertLayer
@@ -39,6 +40,13 @@ class _Recipe:
     first_target: str  # full name of the parameter the converter is filed under
     converter: WeightConverter | None
     sources: dict[str, list[str]] = field(default_factory=dict)  # source pattern: keys in order
+
+    @property
+    def operations(self) -> list[Any]:
+        """The converter's operations, without a dequantisation that has no scales to apply."""
+        found = self.converter.operations if self.converter is not None else []
+        scaled = any("weight_scale_inv" in pattern for pattern in self.sources)
+        return [op for op in found if scaled or not isinstance(op, Fp8Dequantize)]
 
     def merges_experts(self) -> bool:
         """Are the sources one tensor per expert (else: stacked, experts first)?"""
@@ -192,6 +200,10 @@ class CheckpointExperts:
                         "Weights and config.json do not belong together."
                     )
 
+    def recipe(self, layer: int, section: str) -> _Recipe:
+        """How one parameter is made from the checkpoint's tensors."""
+        return self._recipes[layer][section]
+
     def pages(self) -> FilePages | CallbackPages:
         """The source for the pager: byte ranges when every section allows, else the converter."""
         files = FilePages()
@@ -233,26 +245,29 @@ class CheckpointExperts:
 
     def total_bytes(self) -> int:
         """Bytes of all experts in memory."""
-        return sum(
-            layer.num_experts * math.prod(shape) * dtype.itemsize
-            for layer in self.layers
-            for shape, dtype in layer.tensors.values()
-        )
+        return sum(layer.resident_bytes for layer in self.layers)
 
     def _direct_pieces(self, layer: int, expert: int) -> list[Piece] | None:
         """The byte ranges of one page; None when some section needs converting."""
         pieces: list[Piece] = []
-        for section, (shape, dtype) in self.layers[layer].tensors.items():
-            ranges = self._direct_ranges(self._recipes[layer][section], layer, expert, shape)
-            if ranges is None or any(r.dtype_name != _format_name(dtype) for r in ranges):
+        for section in self.layers[layer].tensors:
+            ranges = self.section_ranges(layer, expert, section)
+            if ranges is None:
                 return None
             position = 0
             for r in ranges:
                 pieces.append(Piece(section, position, r.path, r.offset, r.nbytes))
                 position += r.nbytes
-            if position != math.prod(shape) * dtype.itemsize:
-                return None
         return pieces
+
+    def section_ranges(self, layer: int, expert: int, section: str) -> list[TensorRange] | None:
+        """The byte ranges of one section of a page; None when it needs converting."""
+        shape, dtype = self.layers[layer].tensors[section]
+        ranges = self._direct_ranges(self._recipes[layer][section], layer, expert, shape)
+        if ranges is None or any(r.dtype_name != _format_name(dtype) for r in ranges):
+            return None
+        fits = sum(r.nbytes for r in ranges) == math.prod(shape) * dtype.itemsize
+        return ranges if fits else None
 
     def _direct_ranges(
         self, recipe: _Recipe, layer: int, expert: int, shape: tuple[int, ...]
@@ -267,7 +282,7 @@ class CheckpointExperts:
             nbytes = whole.nbytes // whole.shape[0]
             offset = whole.offset + expert * nbytes
             return [TensorRange(whole.path, whole.dtype_name, shape, offset, nbytes)]
-        operations = recipe.converter.operations
+        operations = recipe.operations
         if len(recipe.converter.target_patterns) != 1 or not _stacks_rows(operations):
             return None
         patterns = [p for p in recipe.converter.source_patterns if p in recipe.sources]
@@ -305,7 +320,7 @@ class CheckpointExperts:
             return {recipe.first_target: tensors[0]}
         values: dict[str, Any] = collected
         try:
-            for operation in recipe.converter.operations:
+            for operation in recipe.operations:
                 values = operation.convert(
                     values,
                     source_patterns=recipe.converter.source_patterns,

@@ -26,6 +26,14 @@ from moe_offload.errors import CheckpointError, StateError, UnsupportedModelErro
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
 from moe_offload.huggingface.attach import Attachment
 from moe_offload.huggingface.checkpoint import CheckpointExperts
+from moe_offload.huggingface.quantised import (
+    QuantisedPages,
+    allow_partial_blocks,
+    check_scales,
+    load_options,
+    quantised_pages,
+    save_dequantised,
+)
 from moe_offload.memory import available_memory_bytes
 from moe_offload.offloader import ExpertLayer
 from moe_offload.safetensors_file import Checkpoint
@@ -82,8 +90,11 @@ def from_pretrained(
     config = OffloadConfig.from_options(device_budget=device_budget, **chosen)
     path = os.fspath(path_or_id)
     _check_location(path, options)
+    model_config = _model_config(path, options)
     if model_class is None:
-        model_class = _model_class(path, options)
+        model_class = _model_class(path, model_config)
+    told = "quantization_config" in options
+    options |= load_options(model_config, path, options)
     want_info = options.pop("output_loading_info", False)
     capture = _Capture(path)
     loader = _loader_class(model_class, capture)
@@ -97,11 +108,20 @@ def from_pretrained(
     _check_loading_info(path, info, options.get("ignore_mismatched_sizes", False))
     experts = capture.experts
     assert experts is not None, "the loader did not reach _load_pretrained_model"
+    layers, pages = experts.layers, None
+    if "quantization_config" in options:
+        save_dequantised(model)
+        found: QuantisedPages | str = "quantization_config was given to from_pretrained"
+        found = found if told else quantised_pages(experts, config)
+        if isinstance(found, str):
+            layers = [replace(layer, dequantised=found) for layer in layers]
+        else:
+            layers, pages = found.layers, found.pages()
     attachment = Attachment(
-        model, experts.layers, experts.load_layer, before_restore=_memory_check(experts)
+        model, layers, experts.load_layer, before_restore=_memory_check(experts)
     )
     attachment.origin = Origin(model_class, path, {"dtype": dtype, **options})
-    offloader = attachment.start(experts.pages(), config)
+    offloader = attachment.start(pages or experts.pages(), config)
     try:
         attachment.move_rest()
     except BaseException:
@@ -131,19 +151,23 @@ def _check_location(path: str, options: Mapping[str, Any]) -> None:
         Checkpoint.open(folder)  # headers only: missing, truncated, damaged or pickled files
 
 
-def _model_class(path: str, options: Mapping[str, Any]) -> type[PreTrainedModel]:
-    config = options.get("config")
-    if config is None:
-        hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        try:
-            config = AutoConfig.from_pretrained(path, **hub)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {_first_line(error)}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UnsupportedModelError(
-                f"{path}: transformers {transformers.__version__} cannot read its config.json: "
-                f"{_first_line(error)}"
-            ) from error
+def _model_config(path: str, options: Mapping[str, Any]) -> Any:
+    """transformers' config of a checkpoint."""
+    if options.get("config") is not None:
+        return options["config"]
+    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    try:
+        return AutoConfig.from_pretrained(path, **hub)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {_first_line(error)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{path}: transformers {transformers.__version__} cannot read its config.json: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _model_class(path: str, config: Any) -> type[PreTrainedModel]:
     for name in getattr(config, "architectures", None) or []:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -188,8 +212,12 @@ def _loader_class(cls: type[PreTrainedModel], capture: _Capture) -> type[PreTrai
         _strip_experts(layers)
         layers = _planned_dtypes(layers, load_config.dtype_plan or {})
         mapping = load_config.weight_mapping or []
+        allow_partial_blocks(mapping)
+        files = Checkpoint.from_files(checkpoint_files, capture.path)
+        if load_config.hf_quantizer is not None:
+            check_scales(files)
         capture.experts = CheckpointExperts(
-            Checkpoint.from_files(checkpoint_files, capture.path),
+            files,
             layers,
             model,
             mapping,
