@@ -1,11 +1,21 @@
 // Few rows per expert: bound by the bytes of the weights.
 //
 // A tile is all MR rows of x times NR rows of weights, both contiguous along K: a weight vector is
-// loaded once and used MR times, and lanes are summed at the end of K. The NR weight rows are
-// streams of their own for the memory system, and the rows 64 KiB ahead are prefetched into L2:
-// hardware prefetchers stop at each page, which is one row of 2048 bf16, and prefetching into L1
-// evicts what is about to be used. Measured on Zen 4, one core, one row of x: 28 GB/s with, 21 GB/s
-// without, 20 GB/s with prefetches into L1.
+// loaded once and used MR times, and lanes are summed at the end of K. How the NR rows are walked
+// is what matters for the memory system:
+//
+//   streamed: one after the other, the order in memory. Hardware prefetchers follow it within a
+//       page; where one begins, the first lines of the page 12 KiB ahead are prefetched, so that
+//       its translation and its head are there in time. For vectors of a whole cache line, whose
+//       one sum per row of x keeps up with memory (six cycles a line), and one or two rows of x:
+//       they are loaded again for each weight row, and more of them leave the processor less far
+//       ahead.
+//   side by side: NR streams, each loaded row of x used NR times; the rows 64 KiB ahead are
+//       prefetched into L2. That needs some 64 KiB before it helps.
+//
+// Zen 4, one core, one row of x, GB/s with pages of 4 KiB and of 2 MiB: streamed 26.6 and 31.5,
+// eight rows side by side 26.0 and 29.9, a plain read of the same bytes 23.7 and 30.8. Two rows
+// side by side without prefetches: 12 and 15.
 #pragma once
 
 #include "expert_gemm/cpu/activations.h"
@@ -18,6 +28,12 @@ namespace {
 constexpr int64_t kFewRows = 8;  // the most rows these kernels take
 constexpr int64_t kChunk = 48;   // outputs per row held before the epilogue; every NR divides it
 constexpr int64_t kPrefetchBytes = 64 << 10;
+constexpr int64_t kPageBytes = 4096, kPagesAhead = 3, kHeadBytes = 512;  // streamed
+constexpr int kStreamedRows = 2;
+
+template <class Op, int MR>
+constexpr bool is_streamed =
+    MR <= kStreamedRows && Op::kStep * static_cast<int64_t>(sizeof(typename Op::T)) == 64;
 
 // Weight rows per tile: as many as leave registers for them, their sums and one vector of x.
 template <class Op>
@@ -68,7 +84,45 @@ inline void few_tile(const typename Op::X* x, int64_t x_stride, const typename O
         for (int n = 0; n < NR; ++n) c[m * ldc + n] = sums[m * NR + n];
 }
 
-// c[m][n - begin] for rows n in [begin, end) of a matrix. Nothing beyond row `limit` is prefetched.
+// The same, each weight row to its end before the next begins.
+template <class Op, int MR, int NR>
+inline void few_tile_streamed(const typename Op::X* x, int64_t x_stride,
+                              const typename Op::T* const* w, int64_t k_size, float* c,
+                              int64_t ldc) {
+    using L = typename Op::L;
+    constexpr int64_t kPage = kPageBytes / static_cast<int64_t>(sizeof(typename Op::T));
+    typename L::V all[MR * NR];
+    for (int n = 0; n < NR; ++n) {
+        typename L::V acc[MR];
+        for (int m = 0; m < MR; ++m) acc[m] = L::set(0.0f);
+        const auto step = [&](typename Op::Vec wv, int64_t k) {
+#pragma GCC unroll 8
+            for (int m = 0; m < MR; ++m)
+                acc[m] = Op::step(acc[m], Op::load_x(x + m * x_stride + k), wv);
+        };
+        const int64_t whole = k_size / Op::kStep * Op::kStep;
+        for (int64_t begin = 0; begin < whole; begin += kPage) {
+            const int64_t end = begin + kPage < whole ? begin + kPage : whole;
+            const auto at = reinterpret_cast<uintptr_t>(w[n] + begin);
+            const uintptr_t page = (at + kPageBytes - 1) / kPageBytes * kPageBytes;
+            if (page < reinterpret_cast<uintptr_t>(w[n] + end))
+                for (int64_t line = 0; line < kHeadBytes; line += 64)
+                    __builtin_prefetch(
+                        reinterpret_cast<const void*>(page + kPagesAhead * kPageBytes + line), 0,
+                        2);
+            for (int64_t k = begin; k < end; k += Op::kStep) step(Op::load_w(w[n] + k), k);
+        }
+        if (whole < k_size) step(Op::load_w_tail(w[n] + whole, k_size - whole), whole);
+        for (int m = 0; m < MR; ++m) all[m * NR + n] = acc[m];
+    }
+    float sums[MR * NR + 16];
+    L::template sums<MR * NR>(all, sums);
+    for (int m = 0; m < MR; ++m)
+        for (int n = 0; n < NR; ++n) c[m * ldc + n] = sums[m * NR + n];
+}
+
+// c[m][n - begin] for rows n in [begin, end) of a matrix. Side by side, nothing beyond row `limit`
+// is prefetched.
 template <class Op, int MR>
 inline void few_product(const typename Op::X* x, int64_t x_stride, const std::byte* weights,
                         int64_t row_stride, int64_t begin, int64_t end, int64_t limit,
@@ -81,9 +135,13 @@ inline void few_product(const typename Op::X* x, int64_t x_stride, const std::by
         for (int64_t i = 0; i < NR; ++i)
             w[i] =
                 reinterpret_cast<const T*>(weights + (n + i < end ? n + i : end - 1) * row_stride);
-        const int64_t prefetch = n + ahead + NR <= limit ? ahead * row_stride : 0;
-        few_tile<Op, MR, NR>(x, x_stride, w, k_size, prefetch / static_cast<int64_t>(sizeof(T)),
-                             c + (n - begin), kChunk + 8);
+        if constexpr (is_streamed<Op, MR>) {
+            few_tile_streamed<Op, MR, NR>(x, x_stride, w, k_size, c + (n - begin), kChunk + 8);
+        } else {
+            const int64_t prefetch = n + ahead + NR <= limit ? ahead * row_stride : 0;
+            few_tile<Op, MR, NR>(x, x_stride, w, k_size, prefetch / static_cast<int64_t>(sizeof(T)),
+                                 c + (n - begin), kChunk + 8);
+        }
     }
 }
 
