@@ -20,6 +20,7 @@
 #include "paging/memory_source.h"
 #include "paging/pager.h"
 #include "paging/policies/path_predictor.h"
+#include "predictor_bindings.h"
 #include "replay_bindings.h"
 
 namespace py = pybind11;
@@ -225,6 +226,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("host_frame_bytes", &CudaCopyEngine::frame_stride, "page_bytes"_a,
           "bytes a page occupies in the host tier");
     m.def("policy_names", &policy_names, "live_only"_a);
+    bind_predictors(m);
     bind_replay(m);
     m.def("build_info", [] {
         return py::dict("compiler"_a = __VERSION__, "cplusplus"_a = __cplusplus,

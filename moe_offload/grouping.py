@@ -23,7 +23,9 @@ Ints = NDArray[np.integer]
 
 def hamming_similarity(paths: NDArray[np.bool_]) -> Floats:
     """1 - Hamming distance / P of every pair of paths, [n, P] -> [n, n]."""
-    used = paths.astype(np.float32)
+    # Whole numbers: numpy multiplies those itself. A BLAS would leave its threads spinning on the
+    # cores the model is about to need (csrc/predictors/dense.h).
+    used = paths.astype(np.int32)
     counts = used.sum(axis=1)
     differing = counts[:, None] + counts[None, :] - 2 * (used @ used.T)
     similarity: Floats = 1.0 - differing / paths.shape[1]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_offload import _core
 from moe_offload.errors import PredictorError
 from moe_offload.predictors.artefact import check_fits
 from moe_offload.predictors.base import ModelFacts, Prediction, Predictions, Predictor
@@ -77,7 +78,7 @@ class PreAttention(Predictor):
         with torch.no_grad():
             x = hidden.float().numpy().reshape(-1, width)
         power = np.einsum("rh,rh->r", x, x) / width + INPUT_EPS
-        logits = (x @ self._weight[layer]) * (power**-0.5)[:, None] + self._bias[layer]
+        logits = _core.dense(x, self._weight[layer]) * (power**-0.5)[:, None] + self._bias[layer]
         scores = 1 / (1 + np.exp(np.minimum(-logits, 80)))  # [R, reach * E]
         experts = self.shape["num_experts"]
         return [

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_offload import _core
 from moe_offload.errors import PredictorError
 from moe_offload.predictors.artefact import check_fits, load_weights
 from moe_offload.predictors.base import ModelFacts, Prediction, Predictions, Predictor
@@ -78,10 +79,10 @@ class _LiveGate:
         width = hidden.shape[-1]
         x = hidden.detach().float().cpu().numpy().reshape(-1, width)
         power = np.einsum("rh,rh->r", x, x) / width + INPUT_EPS
-        both = (x @ self._first) * (power**-0.5)[:, None] + self._bias
+        both = _core.dense(x, self._first) * (power**-0.5)[:, None] + self._bias
         logits, inner = np.split(both, [self._down.shape[1]], axis=1)
         inner = inner / (1 + np.exp(np.minimum(-inner, 80)))
-        found: np.ndarray = logits + inner @ self._down
+        found: np.ndarray = logits + _core.dense(inner, self._down)
         return found
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from moe_offload import _core
 from moe_offload.errors import PredictorError
 from moe_offload.huggingface.observe import RoutedLayer
 
@@ -211,7 +212,7 @@ class _FoldedRouter:
         width = state.shape[-1]
         x = state.float().numpy().reshape(-1, width)
         power = np.einsum("rh,rh->r", x, x) / width + self._eps
-        logits: np.ndarray = (x @ self._matrix) * (power**-0.5)[:, None]
+        logits: np.ndarray = _core.dense(x, self._matrix) * (power**-0.5)[:, None]
         return logits if self._bias is None else logits + self._bias
 
 

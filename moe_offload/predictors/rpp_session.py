@@ -1,9 +1,10 @@
-"""One token at a time through a Routing Path Predictor, in numpy.
+"""One token at a time through a Routing Path Predictor, natively.
 
 A decoder step is small: 0.45 M multiply-adds at the default shape. As torch modules it is some
-eighty calls of a few microseconds each, which costs more than the arithmetic; here the norms'
-scales are folded into the matrices behind them, and what is left is numpy on arrays that stay in
-cache. The prompt is still encoded by the torch modules, once.
+eighty calls of a few microseconds each, which costs more than the arithmetic; as numpy products it
+woke a BLAS's threads, which then spun on the cores that the model needed (csrc/predictors/dense.h).
+Here the norms' scales are folded into the matrices behind them and csrc/predictors/rpp_step.cpp
+does the rest in the calling thread. The prompt is still encoded by the torch modules, once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_offload.predictors.rpp_model import _EPS, RppConfig, RppModel, _buckets, _DecoderBlock
+from moe_offload import _core
+from moe_offload.predictors.rpp_model import RppModel, _buckets, _DecoderBlock
 
 _NEVER = np.float32(-1e9)  # added to scores of padding
 
@@ -22,29 +24,34 @@ class RppDecoder:
 
     def __init__(self, model: RppModel) -> None:
         self.model, self.config = model, model.config
-        self.blocks = [_Block(block) for block in model.decoder_blocks()]
-        self.embed = _array(model.embed.weight)
-        self.token = _array(model.token.weight)
+        self.blocks = [_folded(block) for block in model.decoder_blocks()]
         head = _array(model.head.weight).T.copy()  # [d_model + token_width, L * E]
         head[: self.config.d_model] *= _array(model.decoder_norm.weight)[:, None]
-        self.head, self.bias = head, _array(model.head.bias)
         distance = -torch.arange(self.config.max_decoded - 1, -1, -1)
         with torch.no_grad():
             table = model.decoder_positions(_buckets(distance, both_ways=False))
-        self.positions = _array(table).T.copy()  # [heads, max_decoded], the last column distance 0
+        self.tensors = {
+            "embed": _array(model.embed.weight),
+            "token": _array(model.token.weight),
+            "head": np.ascontiguousarray(head),
+            "bias": _array(model.head.bias),
+            "positions": np.ascontiguousarray(_array(table).T),  # [heads, max_decoded]
+        }
 
 
-class _Block:
-    def __init__(self, block: _DecoderBlock) -> None:
-        norm, cross = _array(block.norm.weight), _array(block.cross_norm.weight)
-        mlp = _array(block.mlp_norm.weight)
-        own = torch.cat((block.attention.q.weight, block.attention.kv.weight))
-        self.qkv = _array(own).T * norm[:, None]  # [d_model, 3 * heads * d_kv]
-        self.out = _array(block.attention.out.weight).T.copy()
-        self.cross_q = _array(block.cross.q.weight).T * cross[:, None]
-        self.cross_out = _array(block.cross.out.weight).T.copy()
-        self.up = _array(block.up.weight).T * mlp[:, None]
-        self.down = _array(block.down.weight).T.copy()
+def _folded(block: _DecoderBlock) -> list[np.ndarray]:
+    """qkv, out, cross_q, cross_out, up, down as rpp_step.h takes them."""
+    norm, cross = _array(block.norm.weight), _array(block.cross_norm.weight)
+    own = torch.cat((block.attention.q.weight, block.attention.kv.weight))
+    found = (
+        _array(own).T * norm[:, None],
+        _array(block.attention.out.weight).T,
+        _array(block.cross.q.weight).T * cross[:, None],
+        _array(block.cross.out.weight).T,
+        _array(block.up.weight).T * _array(block.mlp_norm.weight)[:, None],
+        _array(block.down.weight).T,
+    )
+    return [np.ascontiguousarray(matrix) for matrix in found]
 
 
 class RppSession:
@@ -56,102 +63,37 @@ class RppSession:
         keep: [B, P] bool, False for padding.
 
     Cost of a step: 2 x (decoder parameters + head) FLOPs, 0.94 MFLOP at the default shape, and
-    attention over prompt and decoded tokens. Logits equal those of `RppModel.forward` on the whole
-    sequence up to rounding.
+    attention over prompt and decoded tokens, in the calling thread. Logits equal those of
+    `RppModel.forward` on the whole sequence up to rounding, and a sequence's do not depend on its
+    neighbours in the batch.
     """
 
     def __init__(self, decoder: RppDecoder, prompt: Tensor, keep: Tensor | None = None) -> None:
-        self._decoder = decoder
         config = decoder.config
         prompt = prompt[:, -config.max_prompt :]
-        self._hidden_prompt: np.ndarray | None = None
+        hidden: list[float] = []
         if keep is not None:
             keep = keep[:, -config.max_prompt :]
-            self._hidden_prompt = np.where(keep.numpy(), np.float32(0), _NEVER)[:, None, None, :]
+            hidden = np.where(keep.numpy(), np.float32(0), _NEVER).ravel().tolist()
         self.batch = len(prompt)
-        self._memory = []
+        self._shape = (self.batch, config.num_layers, config.num_experts)
+        memory = []
         with torch.no_grad():
-            memory = decoder.model.encode(prompt, keep)
+            encoded = decoder.model.encode(prompt, keep)
             for block in decoder.model.decoder_blocks():
-                keys, values = block.read(memory)  # [B, heads, P, d_kv]
-                self._memory.append((_array(keys.transpose(2, 3)).copy(), _array(values).copy()))
-        self._past = [KeysValues(self.batch, config) for _ in decoder.blocks]
+                keys, values = block.read(encoded)  # [B, heads, P, d_kv]
+                memory.append(
+                    (_array(keys.transpose(2, 3).contiguous()), _array(values.contiguous()))
+                )
+        self._step = _core.RppStep(decoder.tensors, decoder.blocks, memory, hidden)
 
     def chances(self, tokens: Tensor) -> np.ndarray:
         """`step` as probabilities, [B, L, E]."""
-        found: np.ndarray = 1 / (1 + np.exp(np.minimum(-self.step(tokens), 80)))
-        return found
+        return self._step.step(tokens.numpy(), True).reshape(self._shape)
 
     def step(self, tokens: Tensor) -> np.ndarray:
         """[B] ids just generated -> logits [B, L, E] of the routing while they are fed."""
-        decoder, config = self._decoder, self._decoder.config
-        ids = tokens.numpy()
-        x = decoder.embed[ids]  # [B, d_model]
-        inner = config.num_heads * config.d_kv
-        shape = (len(ids), config.num_heads, 1, config.d_kv)
-        for block, memory, past in zip(decoder.blocks, self._memory, self._past, strict=True):
-            qkv = _normed(x) @ block.qkv
-            keys, values = past.append(
-                qkv[:, inner : 2 * inner].reshape(shape), qkv[:, 2 * inner :].reshape(shape)
-            )
-            bias = decoder.positions[:, None, config.max_decoded - past.length :]
-            mixed = _attend(qkv[:, :inner].reshape(shape), keys, values, bias)
-            x = x + mixed.reshape(len(ids), inner) @ block.out
-            queries = (_normed(x) @ block.cross_q).reshape(shape)
-            mixed = _attend(queries, *memory, self._hidden_prompt)
-            x = x + mixed.reshape(len(ids), inner) @ block.cross_out
-            up = _normed(x) @ block.up
-            np.maximum(up, 0, out=up)
-            x = x + up @ block.down
-        both = np.concatenate((_normed(x), decoder.token[ids]), 1)
-        logits: np.ndarray = both @ decoder.head + decoder.bias
-        return logits.reshape(len(ids), config.num_layers, config.num_experts)
-
-
-class KeysValues:
-    """Keys and values of the tokens so far, room for `capacity`; the older half leaves when full.
-
-    Positions count by distance, so what remains is attended to as before.
-    """
-
-    def __init__(self, batch: int, config: RppConfig) -> None:
-        shape = (batch, config.num_heads, config.max_decoded, config.d_kv)
-        self._keys = np.zeros((shape[0], shape[1], shape[3], shape[2]), np.float32)
-        self._values = np.zeros(shape, np.float32)
-        self._capacity = config.max_decoded
-        self.length = 0
-
-    def append(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[B, heads, 1, d_kv] each -> keys [B, heads, d_kv, n], values [B, heads, n, d_kv]."""
-        if self.length == self._capacity:
-            kept = self._capacity // 2
-            begin = self.length - kept
-            self._keys[..., :kept] = self._keys[..., begin:].copy()
-            self._values[:, :, :kept] = self._values[:, :, begin:].copy()
-            self.length = kept
-        self._keys[..., self.length] = keys[:, :, 0]
-        self._values[:, :, self.length] = values[:, :, 0]
-        self.length += 1
-        return self._keys[..., : self.length], self._values[:, :, : self.length]
-
-
-def _attend(
-    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, bias: np.ndarray | None
-) -> np.ndarray:
-    """Queries [B, heads, 1, d_kv], keys transposed -> [B, heads, 1, d_kv]."""
-    scores = queries @ keys  # [B, heads, 1, n]
-    if bias is not None:
-        scores = scores + bias
-    scores = np.exp(scores - scores.max(-1, keepdims=True))
-    mixed: np.ndarray = (scores @ values) / scores.sum(-1, keepdims=True)
-    return mixed
-
-
-def _normed(x: np.ndarray) -> np.ndarray:
-    """Rows at unit root mean square; the norm's scale is in the matrix that follows."""
-    power = np.einsum("bd,bd->b", x, x) / x.shape[1] + _EPS
-    out: np.ndarray = x * (power**-0.5)[:, None]
-    return out
+        return self._step.step(tokens.numpy(), False).reshape(self._shape)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
