@@ -70,6 +70,8 @@ class ExpertShape:
         dtype: torch.bfloat16 or torch.float16, of weights, biases, x and out.
         up_offset, down_offset: bytes from a page's start to gate_up [2F, H] (ungated: up [F, H])
             and to down [H, F]; multiples of 16.
+        transposed: gate_up is [H, 2F] and down [F, H], as transformers' gpt-oss has them in bf16;
+            of plain weights only.
         up_bias_offset, down_bias_offset: likewise, or -1 for no biases.
         weight_format: a name in `quantization.FORMATS`, the layout of gate_up and down.
         up_scale_offset, down_scale_offset: of their scales; -1 for plain weights.
@@ -90,6 +92,7 @@ class ExpertShape:
     activation: str = "silu"
     gated: bool = True
     interleaved: bool = False
+    transposed: bool = False
     alpha: float = 1.0
     limit: float = 0.0
     offset: float = 0.0
@@ -121,6 +124,8 @@ class ExpertShape:
 
     def _check_format(self) -> None:
         name = f"ExpertShape: weight_format {self.weight_format}"
+        if self.transposed and self.weight_format != "plain":
+            raise ValueError(f"{name} is stored [rows, columns], got transposed")
         try:
             check_size(self.weight_format, self.up_rows, self.hidden, self.group_size)
             check_size(self.weight_format, self.hidden, self.inner, self.group_size)
@@ -188,7 +193,9 @@ class ExpertShape:
         up_specs = specs(form, shape.up_rows, hidden, dtype, group)
         down_specs = specs(form, hidden, inner, dtype, group)
         biases = ((shape.up_rows,), dtype), ((hidden,), dtype)
-        wanted = (up_specs[0], down_specs[0], up_specs[1], down_specs[1], *biases)
+        wanted = [up_specs[0], down_specs[0], up_specs[1], down_specs[1], *biases]
+        if shape.transposed:
+            wanted[:2] = [(size[::-1], kind) for size, kind in (up_specs[0], down_specs[0])]
         for name, want in zip(sections, wanted, strict=True):
             if name is None or want is None:
                 continue
@@ -314,10 +321,13 @@ class ExpertCall:
         self.decode: bool = native.use_decode(*sizes)
         self.block_m: int = native.choose_block_m(*sizes)
         format_code = FORMATS.index(shape.weight_format)
-        self.variant = native.choose_decode(*sizes, shape.hidden, shape.inner, format_code)
+        self.variant = native.choose_decode(
+            *(*sizes, shape.hidden, shape.inner, format_code), transposed=shape.transposed
+        )
         self._experts, self._out, self._launched = experts, out, False
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
-        self._hopper = hopper and shape.weight_format == "plain"  # others: the sm_80 kernel
+        # quantised and transposed pages: the sm_80 kernel
+        self._hopper = hopper and shape.weight_format == "plain" and not shape.transposed
         inner = x.new_empty(routes, shape.inner)
         partial = x.new_empty(
             routes, shape.hidden, dtype=torch.float32 if self.decode else shape.dtype
@@ -438,6 +448,7 @@ class ExpertCall:
             down_scale_offset=shape.down_scale_offset,
             format=FORMATS.index(shape.weight_format),
             log2_group=max(shape.group_size.bit_length() - 1, 0),
+            transposed=shape.transposed,
         )
 
 

@@ -130,30 +130,37 @@ def test_error_is_that_of_torch(gpu: Any, case: Case) -> None:
     assert error <= 1.2 * theirs, f"relative error {error:.2e}, torch's own {theirs:.2e}"
 
 
-def test_interleaved_biased_and_clamped_as_gpt_oss_has_it(kernels: Any) -> None:
-    """Gate and up rows alternate; the module says so, and what it computes is recognised."""
-    case = Case("gpt-oss", 5, 2, 4, 64, 32, bias=True)
+@pytest.mark.parametrize("concatenated", [False, True], ids=["alternating", "halves"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+@pytest.mark.parametrize("tokens", [5, 40])  # decode, prefill
+def test_biased_and_clamped_as_gpt_oss_has_it(
+    kernels: Any, tokens: int, transposed: bool, concatenated: bool
+) -> None:
+    """The module says how its matrices lie, and what it computes is recognised."""
+    case = Case("gpt-oss", tokens, 2, 4, 64, 32, bias=True)
     weights, hidden, ids, topk = make(case)
     act = Activation("clamped_swiglu", True, 1.702, 1.5, 1.0)
 
     def apply_gate(both: Tensor) -> Tensor:
-        return act(both[..., ::2], both[..., 1::2])
+        return act(*(both.chunk(2, -1) if concatenated else (both[..., ::2], both[..., 1::2])))
 
-    module = types.SimpleNamespace(has_gate=True, has_bias=True, is_transposed=False)
-    module.is_concatenated, module._apply_gate = False, apply_gate
-    packed = pack_experts(weights)
-    layout = PageLayout.build({n: (tuple(t.shape[1:]), t.dtype) for n, t in weights.items()})
+    module = types.SimpleNamespace(has_gate=True, has_bias=True, is_transposed=transposed)
+    module.is_concatenated, module._apply_gate = concatenated, apply_gate
+    stored = dict(weights)
+    if transposed:
+        for name in ("gate_up_proj", "down_proj"):
+            stored[name] = weights[name].transpose(1, 2).contiguous()
+    packed = pack_experts(stored)
+    layout = PageLayout.build({n: (tuple(t.shape[1:]), t.dtype) for n, t in stored.items()})
     assert Cuda().supports(module, layout) is None
     run = Cuda().bind(module, layout, case.experts).start(hidden, ids, topk)
     slab, stride, _ = find_slab(packed) or pytest.fail("packed weights are a slab")
     for ready in enumerate(run.experts):  # one at a time, as they would arrive
         run.compute_pages(SlabPages(slab, stride), [ready])
     got = run.finish().double()
-    first, bias = weights["gate_up_proj"], weights["gate_up_proj_bias"]
-    halves = (
-        torch.cat([first[:, ::2], first[:, 1::2]], 1),
-        torch.cat([bias[:, ::2], bias[:, 1::2]], 1),
-    )
+    halves = weights["gate_up_proj"], weights["gate_up_proj_bias"]
+    if not concatenated:
+        halves = tuple(torch.cat([part[:, ::2], part[:, 1::2]], 1) for part in halves)
     arguments = (hidden, halves[0], weights["down_proj"], ids, topk, act, halves[1])
     want = reference.expert_ffn(*arguments, weights["down_proj_bias"])
     own = reference.expert_ffn(*arguments, weights["down_proj_bias"], dtype=case.dtype).double()
@@ -223,7 +230,7 @@ def test_paged_bits_are_resident_bits_whatever_the_timing(
     assert gpu.fake_cuda_counts().misuses == 0
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_a_transformers_model_has_the_same_logits_at_every_budget(gpu: Any, family: str) -> None:
     pytest.importorskip("transformers")
     from tiny_models import prompt_ids, tiny_model
@@ -283,8 +290,6 @@ def test_what_it_cannot_compute_goes_to_the_next_and_is_reported(
         with pytest.raises(UnsupportedModelError, match=reason):
             backends.choose("cuda", module, layout, "experts", "cuda")
     module, layout = described(dtype=torch.bfloat16)
-    transposed = types.SimpleNamespace(is_transposed=True)
-    assert Cuda().supports(transposed, layout) == "its weights are stored transposed, [K, N]"
     odd = ExpertForm(lambda x: x.sin(), True, False)
     assert "its activation is none of" in str(Cuda().supports(odd, layout))
 

@@ -54,6 +54,7 @@ QUANTISED = ExpertShape(
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
+        ({"transposed": True}, ValueError, r"stored \[rows, columns\], got transposed"),
         ({"up_scale_offset": -1}, ValueError, "up_scale_offset must be a multiple of 16, got -1"),
         ({"down_scale_offset": 24}, ValueError, "down_scale_offset must be a multiple of 16"),
         ({"hidden": 264}, ValueError, r"multiples of 16, got a matrix of \[256, 264\]"),
@@ -116,6 +117,15 @@ def test_a_shape_is_read_from_a_layout() -> None:
     assert shape.down_offset == layout.section("down_proj_blocks").offset
     assert shape.down_scale_offset == layout.section("down_proj_scales").offset
     assert shape.down_bias_offset == layout.section("down_proj_bias").offset
+
+
+def test_a_transposed_layout_is_checked_as_such() -> None:
+    kind = torch.bfloat16
+    layout = PageLayout.build({"gate_up_proj": ((96, 128), kind), "down_proj": ((64, 96), kind)})
+    shape = ExpertShape.of_layout(layout, 96, 64, torch.bfloat16, transposed=True)
+    assert (shape.transposed, shape.down_offset) == (True, 96 * 128 * 2)
+    with pytest.raises(ValueError, match=r"must be torch.bfloat16 \[128, 96\], got .* \[96, 128\]"):
+        ExpertShape.of_layout(layout, 96, 64, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +223,7 @@ class Layer:
         seed: int = 0,
         form: str = "plain",
         group: int = 0,
+        transposed: bool = False,
     ) -> None:
         generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -223,7 +234,7 @@ class Layer:
         for name, rows, columns in (("up", 2 * inner, hidden), ("down", hidden, inner)):
             weight = randn(experts, rows, columns) / columns**0.5
             codes, scales = quantization.lossy_quantise(form, weight, dtype, group)
-            sections[name] = codes
+            sections[name] = codes.transpose(1, 2).contiguous() if transposed else codes
             if scales is not None:
                 sections[f"{name}_scales"] = scales
             # what the page says the weights are, [E, rows, columns] in float64
@@ -257,9 +268,8 @@ class Layer:
                 view[slot].copy_(part)
         self.pages = SlabPages(self.slab, stride, self.slot_of)
         names = {name: name for name in sections}
-        shape = ExpertShape.of_layout(
-            layout, hidden, inner, dtype, **names, weight_format=form, group_size=group
-        )
+        options = {"weight_format": form, "group_size": group, "transposed": transposed}
+        shape = ExpertShape.of_layout(layout, hidden, inner, dtype, **names, **options)
         self.experts = CudaExperts(shape, experts)
 
     def run(self, split: int = 0, out: Tensor | None = None) -> Tensor:
@@ -311,6 +321,17 @@ def test_error_is_that_of_torch_and_bits_repeat(sizes: Sizes, dtype: torch.dtype
     layer = Layer(*sizes, dtype=dtype, seed=torch.seed() % 1000)
     first = layer.run()
     for split in (0, 1, len(layer.groups) // 2):  # also any split into two launches
+        assert torch.equal(layer.run(split), first)
+    assert_close(layer, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_transposed_pages(sizes: Sizes, dtype: torch.dtype) -> None:
+    layer = Layer(*sizes, dtype=dtype, seed=torch.seed() % 1000, transposed=True)
+    first = layer.run()
+    for split in (0, 1, len(layer.groups) // 2):
         assert torch.equal(layer.run(split), first)
     assert_close(layer, first)
 

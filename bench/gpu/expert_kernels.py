@@ -33,14 +33,16 @@ MODELS = {
     "Mixtral-8x7B": (8, 2, 4096, 14336),
     "Qwen3-30B-A3B": (128, 8, 2048, 768),
     "OLMoE": (64, 8, 2048, 1024),
-    "gpt-oss shapes": (32, 4, 2880, 2880),
+    "gpt-oss-20b": (32, 4, 2880, 2880),
     "DeepSeek-V3 shard": (32, 8, 7168, 2048),
 }
 DECODE = (1, 2, 4, 8, 16, 32, 64)
 PREFILL = (256, 1024, 4096, 16384)
+# Matrices stored [K, N], as transformers has them in bf16; torch's grouped product reads both.
+TRANSPOSED = ("gpt-oss-20b",)
 # Quantised pages: shapes, format, int4's group, as published; at fewer token counts.
 QUANTISED = (
-    ("gpt-oss shapes", "mxfp4", 0),
+    ("gpt-oss-20b", "mxfp4", 0),
     ("Qwen3-30B-A3B", "fp8_block", 0),
     ("DeepSeek-V3 shard", "fp8_block", 0),
     ("DeepSeek-V3 shard", "int4_group", 32),
@@ -103,10 +105,12 @@ class Layer:
         experts, top_k, hidden, inner = MODELS[model]
         dtype = torch.bfloat16
         self.form = form
+        transposed = form == "plain" and model in TRANSPOSED
         sizes = {"up": (2 * inner, hidden), "down": (hidden, inner)}
         sections = {}
         for name, (rows, columns) in sizes.items():
-            sections[name], scales = specs(form, rows, columns, dtype, group)
+            (size, kind), scales = specs(form, rows, columns, dtype, group)
+            sections[name] = (size[::-1] if transposed else size), kind
             if scales is not None:
                 sections[f"{name}_scales"] = scales
         layout = PageLayout.build(sections)
@@ -114,11 +118,14 @@ class Layer:
         self.views = layout.views(self.slab)
         for name, (_, columns) in sizes.items():
             fill(form, self.views[name], self.views.get(f"{name}_scales"), columns)
+        if transposed:
+            for name in sizes:
+                self.views[name] = self.views[name].transpose(1, 2)
         self.gate_up, self.down = self.views["up"], self.views["down"]  # [E, 2F, H], strided
         self.slot_of = torch.arange(experts, dtype=torch.int32, device="cuda")
         self.pages = SlabPages(self.slab, layout.slot_stride, self.slot_of)
         names = {name: name for name in sections}
-        options = {"weight_format": form, "group_size": group}
+        options = {"weight_format": form, "group_size": group, "transposed": transposed}
         shape = ExpertShape.of_layout(layout, hidden, inner, dtype, **names, **options)
         self.kernels = CudaExperts(shape, experts)
         self.x = torch.randn(tokens, hidden, device="cuda", dtype=dtype)

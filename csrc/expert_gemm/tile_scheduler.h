@@ -108,6 +108,9 @@ TILE_FUNCTION bool gated_is_up(int local_row) { return local_row / 8 % 2 == 1; }
 // that eight rows' chunks of one column fall into eight different bank groups.
 TILE_FUNCTION int swizzle64(int row, int chunk) { return row * 64 + (chunk ^ (row / 2 % 4)) * 16; }
 
+// Rows of 128 elements (256 bytes, sixteen chunks), for which the same holds.
+TILE_FUNCTION int swizzle256(int row, int chunk) { return row * 256 + (chunk ^ (row % 8)) * 16; }
+
 // Rows of 64 elements (128 bytes, eight chunks): the pattern the bulk copy engine and wgmma call
 // 128-byte swizzle, when the tile starts at a multiple of 1024 bytes.
 TILE_FUNCTION int swizzle128(int row, int chunk) { return row * 128 + (chunk ^ (row % 8)) * 16; }

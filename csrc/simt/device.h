@@ -148,8 +148,16 @@ SIMT_FUNCTION U4 load16(const void* pointer) {
     return v;
 }
 // Small read-only loads of what several warps, or the next step, read: kept in L1.
+template <Keep kKeep>  // normal or reused
 SIMT_FUNCTION void load8(const void* pointer, uint32_t& low, uint32_t& high) {
-    asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(low), "=r"(high) : "l"(pointer));
+    if constexpr (kKeep == Keep::reused) {
+        asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(low), "=r"(high) : "l"(pointer));
+    } else {
+        asm volatile("ld.global.v2.u32 {%0,%1}, [%2];"
+                     : "=r"(low), "=r"(high)
+                     : "l"(pointer)
+                     : "memory");
+    }
 }
 SIMT_FUNCTION uint32_t load4(const void* pointer) {
     uint32_t v;

@@ -192,7 +192,8 @@ U4 load16(const void* pointer) {
     std::memcpy(&v, pointer, 16);
     return v;
 }
-inline void load8(const void* pointer, uint32_t& low, uint32_t& high) {
+template <Keep>
+void load8(const void* pointer, uint32_t& low, uint32_t& high) {
     detail::check_aligned("load8", pointer, 8);
     std::memcpy(&low, pointer, 4);
     std::memcpy(&high, static_cast<const char*>(pointer) + 4, 4);

@@ -200,6 +200,25 @@ struct Case {
         return plain;
     }
 
+    // The same layer with matrices stored [k, rows].
+    Case transposed() const {
+        CHECK(shape.format == WeightFormat::plain);
+        Case other(*this);
+        other.params.pages.transposed = true;
+        for (int e = 0; e < shape.experts; ++e)
+            for (bool is_up : {true, false}) {
+                const QuantisedMatrix m = matrix(is_up);
+                const int64_t at = slot_of[e] * params.pages.slot_stride +
+                                   (is_up ? params.pages.up_offset : params.pages.down_offset);
+                for (int row = 0; row < m.rows; ++row)
+                    for (int k = 0; k < m.columns; ++k)
+                        std::memcpy(&other.slab[at + (int64_t(k) * m.rows + row) * 2],
+                                    &slab[at + (int64_t(row) * m.columns + k) * 2], 2);
+            }
+        other.poison();
+        return other;
+    }
+
     void poison() {
         const size_t routes = size_t(shape.tokens) * shape.top_k;
         inner.assign(routes * shape.inner, T{0xffff});

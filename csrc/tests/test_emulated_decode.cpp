@@ -14,9 +14,9 @@ using simt::f16;
 
 template <class T, int kTokenGroups>
 void run_up(const ExpertParams& p, int warps, uint64_t seed) {
-    const size_t shared = decode_shared_bytes(warps, kTokenGroups);
+    const size_t shared = decode_shared_bytes<PlainWeights<T>>(warps, kTokenGroups);
     simt::launch(
-        {.grid_x = decode_feature_tiles(p, false),
+        {.grid_x = decode_feature_tiles<PlainWeights<T>>(p, false),
          .grid_y = std::max(1, p.max_groups),
          .threads = 32 * warps,
          .shared_bytes = shared,
@@ -26,9 +26,9 @@ void run_up(const ExpertParams& p, int warps, uint64_t seed) {
 
 template <class T, int kTokenGroups>
 void run_down(const ExpertParams& p, int warps, uint64_t seed) {
-    const size_t shared = decode_shared_bytes(warps, kTokenGroups);
+    const size_t shared = decode_shared_bytes<PlainWeights<T>>(warps, kTokenGroups);
     simt::launch(
-        {.grid_x = decode_feature_tiles(p, true),
+        {.grid_x = decode_feature_tiles<PlainWeights<T>>(p, true),
          .grid_y = std::max(1, p.max_groups),
          .threads = 32 * warps,
          .shared_bytes = shared,

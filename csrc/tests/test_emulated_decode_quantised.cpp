@@ -15,13 +15,13 @@ using simt::f16;
 
 template <class T, class Format, int kTokenGroups>
 void run_layer(const ExpertParams& p, int warps, uint64_t seed = 0) {
-    simt::Launch config{.grid_x = decode_feature_tiles(p, false),
+    simt::Launch config{.grid_x = decode_feature_tiles<Format>(p, false),
                         .grid_y = std::max(1, p.max_groups),
                         .threads = 32 * warps,
-                        .shared_bytes = decode_shared_bytes(warps, kTokenGroups),
+                        .shared_bytes = decode_shared_bytes<Format>(warps, kTokenGroups),
                         .seed = seed};
     simt::launch(config, [&](auto* s) { decode_up<T, Format, kTokenGroups>(p, warps, s); });
-    config.grid_x = decode_feature_tiles(p, true);
+    config.grid_x = decode_feature_tiles<Format>(p, true);
     simt::launch(config, [&](auto* s) { decode_down<T, Format, kTokenGroups>(p, warps, s); });
 }
 

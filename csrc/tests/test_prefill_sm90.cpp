@@ -116,7 +116,7 @@ void run_tile(const ExpertParams& p, const WeightTensor& tensor, const Group& gr
                         p, form, p.pages.address(group.page), out + int64_t(row) * num_features,
                         tile.feature_tile * (gated ? kHopperBlockN / 2 : kHopperBlockN),
                         hopper_first_weight(kBlockM, consumer), accumulator_column(thread, 0),
-                        [&](int j, int c) -> float& {
+                        false, [&](int j, int c) -> float& {
                             return acc[consumer * 128 + thread][j * 4 + 2 * half + c];
                         });
                 });

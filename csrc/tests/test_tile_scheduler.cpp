@@ -105,23 +105,28 @@ void a_gated_tile_pairs_gate_with_up() {
 void swizzles_spread_rows_over_banks() {
     for (int first = 0; first < 128; first += 8) {
         for (int chunk = 0; chunk < 8; ++chunk) {
-            std::set<int> banks64, banks128;
+            std::set<int> banks64, banks128, banks256;
             for (int row = first; row < first + 8; ++row) {
+                banks256.insert(swizzle256(row, 8 + chunk) % 128);
                 banks64.insert(swizzle64(row, chunk % 4) % 128);
                 banks128.insert(swizzle128(row, chunk) % 128);
             }
             CHECK_EQ(int(banks64.size()), 8);
             CHECK_EQ(int(banks128.size()), 8);
+            CHECK_EQ(int(banks256.size()), 8);
         }
     }
-    std::set<int> all64, all128;
+    std::set<int> all64, all128, all256;
     for (int row = 0; row < 16; ++row)
         for (int chunk = 0; chunk < 8; ++chunk) {
+            all256.insert(swizzle256(row, chunk));
+            all256.insert(swizzle256(row, 8 + chunk));
             if (chunk < 4) all64.insert(swizzle64(row, chunk));
             all128.insert(swizzle128(row, chunk));
         }
     CHECK_EQ(int(all64.size()), 64);
     CHECK_EQ(int(all128.size()), 128);
+    CHECK_EQ(int(all256.size()), 256);
 }
 
 }  // namespace

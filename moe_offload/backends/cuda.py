@@ -34,25 +34,28 @@ class Cuda:
         return cuda_kernels.missing()
 
     def supports(self, module: Any, layout: PageLayout) -> str | None:
-        if module.is_transposed:
-            return "its weights are stored transposed, [K, N]"
         dtypes = [section.dtype for section in layout.sections]
         if (reason := unsupported(module, dtypes, cuda_kernels.DTYPES)) is not None:
             return reason
-        hidden, inner = layout.section("down_proj").shape
-        return bad_sizes(hidden, inner)
+        return bad_sizes(*_sizes(module, layout))
 
     def bind(self, module: Any, layout: PageLayout, num_experts: int) -> BoundLayer:
         activation = recognise(module)
         assert isinstance(activation, Activation), "bind follows a supports() of None"
         offsets = {section.name: section.offset for section in layout.sections}
-        hidden, inner = layout.section("down_proj").shape
         shape = expert_shape(
             activation,
-            *(hidden, inner, layout.sections[0].dtype, offsets),
+            *(*_sizes(module, layout), layout.sections[0].dtype, offsets),
             interleaved=not getattr(module, "is_concatenated", True),
+            transposed=module.is_transposed,
         )
         return BoundLayer(CudaExperts(shape, num_experts))
+
+
+def _sizes(module: Any, layout: PageLayout) -> tuple[int, int]:
+    """H and F; down is [H, F], or transposed [F, H]."""
+    rows, columns = layout.section("down_proj").shape
+    return (columns, rows) if module.is_transposed else (rows, columns)
 
 
 def bad_sizes(hidden: int, inner: int) -> str | None:
@@ -69,6 +72,7 @@ def expert_shape(
     dtype: torch.dtype,
     offsets: Mapping[str, int],
     interleaved: bool = False,
+    transposed: bool = False,
 ) -> ExpertShape:
     """A layer as the kernels see it; `offsets` of its sections from a page's start, in bytes."""
     first = "gate_up_proj" if activation.gated else "up_proj"
@@ -81,6 +85,7 @@ def expert_shape(
         activation=activation.name,
         gated=activation.gated,
         interleaved=interleaved,
+        transposed=transposed,
         alpha=activation.alpha,
         limit=activation.limit,
         offset=activation.offset,

@@ -72,7 +72,7 @@ PYBIND11_MODULE(_cuda, m) {
             [](ExpertParams& p, uintptr_t slab, int64_t slot_stride, uintptr_t page_table,
                uintptr_t slot_of, int64_t up_offset, int64_t down_offset, int64_t up_bias_offset,
                int64_t down_bias_offset, int64_t up_scale_offset, int64_t down_scale_offset,
-               int format, int log2_group) {
+               int format, int log2_group, bool transposed) {
                 p.pages = {reinterpret_cast<const unsigned char*>(slab),
                            slot_stride,
                            reinterpret_cast<const uint64_t*>(page_table),
@@ -84,11 +84,12 @@ PYBIND11_MODULE(_cuda, m) {
                            up_scale_offset,
                            down_scale_offset,
                            WeightFormat(format),
-                           log2_group};
+                           log2_group,
+                           transposed};
             },
             py::kw_only(), "slab"_a, "slot_stride"_a, "page_table"_a, "slot_of"_a, "up_offset"_a,
             "down_offset"_a, "up_bias_offset"_a, "down_bias_offset"_a, "up_scale_offset"_a = -1,
-            "down_scale_offset"_a = -1, "format"_a = 0, "log2_group"_a = 0)
+            "down_scale_offset"_a = -1, "format"_a = 0, "log2_group"_a = 0, "transposed"_a = false)
         .def("set_slot_of",
              [](ExpertParams& p, uintptr_t slot_of) {
                  p.pages.slot_of = reinterpret_cast<const int32_t*>(slot_of);
@@ -121,12 +122,15 @@ PYBIND11_MODULE(_cuda, m) {
         "params"_a, "stream"_a);
     m.def(
         "choose_decode",
-        [](int num_tokens, int top_k, int num_experts, int hidden, int inner_size, int format) {
-            const DecodeVariant v = choose_decode(num_tokens, top_k, num_experts, hidden,
-                                                  inner_size, bits_of(WeightFormat(format)));
+        [](int num_tokens, int top_k, int num_experts, int hidden, int inner_size, int format,
+           bool transposed) {
+            const DecodeVariant v =
+                choose_decode(num_tokens, top_k, num_experts, hidden, inner_size,
+                              bits_of(WeightFormat(format)), transposed);
             return std::tuple(v.token_groups, v.up_warps, v.down_warps);
         },
-        "num_tokens"_a, "top_k"_a, "num_experts"_a, "hidden"_a, "inner_size"_a, "format"_a = 0);
+        "num_tokens"_a, "top_k"_a, "num_experts"_a, "hidden"_a, "inner_size"_a, "format"_a = 0,
+        "transposed"_a = false);
     m.def("use_decode", &use_decode, "num_tokens"_a, "top_k"_a, "num_experts"_a);
     m.def("choose_block_m", &choose_block_m, "num_tokens"_a, "top_k"_a, "num_experts"_a);
     m.def("architectures", [] { return std::string(MOE_OFFLOAD_CUDA_ARCHS); });

@@ -7,6 +7,8 @@ void launch_decode(const ExpertParams& p, const DecodeVariant& v, bool dependent
     if (p.num_tokens == 0) return;
     if (p.pages.format != WeightFormat::plain)
         launch_decode_quantised(p, v, dependent, stream);
+    else if (p.pages.transposed)
+        launch_decode_transposed(p, v, dependent, stream);
     else if (p.dtype == DType::bf16)
         launch_groups<simt::bf16, PlainWeights<simt::bf16>>(p, v, dependent, stream);
     else

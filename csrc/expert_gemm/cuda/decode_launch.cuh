@@ -1,5 +1,5 @@
 // The decode kernels of decode.h as CUDA entry points, and their launcher, for one format of
-// weights: decode.cu has the plain ones, decode_quantised.cu the others.
+// weights: decode.cu has the plain ones, decode_transposed.cu and decode_quantised.cu the others.
 #pragma once
 
 #include "expert_gemm/cuda/check.cuh"
@@ -31,15 +31,15 @@ template <class T, class Format, int kTokenGroups>
 void launch_pair(const ExpertParams& p, const DecodeVariant& v, bool dependent, Stream stream) {
     // With no group there still is a block per feature tile of down: it writes zeros.
     const unsigned groups = p.max_groups > 0 ? unsigned(p.max_groups) : 1u;
-    const size_t up_shared = decode_shared_bytes(v.up_warps, kTokenGroups);
-    const size_t down_shared = decode_shared_bytes(v.down_warps, kTokenGroups);
+    const size_t up_shared = decode_shared_bytes<Format>(v.up_warps, kTokenGroups);
+    const size_t down_shared = decode_shared_bytes<Format>(v.down_warps, kTokenGroups);
     const auto up = decode_up_kernel<T, Format, kTokenGroups>;
     const auto down = decode_down_kernel<T, Format, kTokenGroups>;
     allow_shared(up, up_shared, "decode_up", p);
     allow_shared(down, down_shared, "decode_down", p);
-    start(up, dim3(decode_feature_tiles(p, false), groups), 32 * v.up_warps, up_shared, false,
-          stream, "decode_up", p);
-    start(down, dim3(decode_feature_tiles(p, true), groups), 32 * v.down_warps, down_shared,
+    start(up, dim3(decode_feature_tiles<Format>(p, false), groups), 32 * v.up_warps, up_shared,
+          false, stream, "decode_up", p);
+    start(down, dim3(decode_feature_tiles<Format>(p, true), groups), 32 * v.down_warps, down_shared,
           dependent, stream, "decode_down", p);
 }
 

@@ -12,13 +12,23 @@ namespace moe_offload::cuda {
 // One thread's share of one row. Block j of kBlocks holds weight rows first_weight + 8j ... of the
 // tile; `value(j, c)` is (a reference to) the accumulator of its column t2 + c. Features from
 // `first_feature` on. Biases are added in a pass of their own: pages that have none skip it whole.
+// `alternate` (a constant where it cannot be): weight rows are gate and up of a feature in turn, so
+// the thread's two columns are one feature.
 template <class T, int kBlocks, bool kDown, bool kSmooth, class Value>
 SIMT_FUNCTION void store_row(const ExpertParams& p, const ActivationForm& form,
                              const unsigned char* page, T* out_row, int first_feature,
-                             int first_weight, int t2, Value&& value) {
+                             int first_weight, int t2, bool alternate, Value&& value) {
     const int num_features = kDown ? p.hidden : p.inner_size;
     const int64_t bias = kDown ? p.pages.down_bias_offset : p.pages.up_bias_offset;
-    if (!kDown && p.gated) {
+    if (!kDown && alternate) {
+        SIMT_UNROLL for (int j = 0; j < kBlocks; ++j) {
+            const int feature = first_feature + (first_weight + j * 8 + t2) / 2;
+            if (feature >= num_features) continue;
+            const float gate = value(j, 0) + bias_at<T>(page, bias, 2 * feature);
+            const float up = value(j, 1) + bias_at<T>(page, bias, 2 * feature + 1);
+            out_row[feature] = simt::from_float<T>(gate_and_up<kSmooth>(form, gate, up));
+        }
+    } else if (!kDown && p.gated) {
         if (bias >= 0) {
             const GateUpRows rows = GateUpRows::make(p.inner_size, p.interleaved);
             SIMT_UNROLL for (int j = 0; j < kBlocks; j += 2) {

@@ -27,13 +27,21 @@ void launch_decode(const ExpertParams& params, const DecodeVariant& variant, boo
 void launch_decode_quantised(const ExpertParams& params, const DecodeVariant& variant,
                              bool dependent, Stream stream);
 
+// launch_decode for plain pages stored [k, rows].
+void launch_decode_transposed(const ExpertParams& params, const DecodeVariant& variant,
+                              bool dependent, Stream stream);
+
 // Both projections of the groups given, rows left in `partial` (of dtype) by sorted row.
 void launch_prefill(const ExpertParams& params, int block_m, Stream stream);
 
 // launch_prefill for pages that are not plain.
 void launch_prefill_quantised(const ExpertParams& params, int block_m, Stream stream);
 
-// The same on sm_90a, by wgmma. Plain weights in a slab (no page table) of `num_slots` slots.
+// launch_prefill for plain pages stored [k, rows].
+void launch_prefill_transposed(const ExpertParams& params, int block_m, Stream stream);
+
+// The same on sm_90a, by wgmma. Plain weights [rows, k] in a slab (no page table) of `num_slots`
+// slots.
 void launch_prefill_sm90(const ExpertParams& params, int64_t num_slots, int block_m, Stream stream);
 
 // After all groups of a prefill layer: the tokens' weighted sums.

@@ -40,6 +40,7 @@ struct Pages {
     int64_t down_scale_offset;
     WeightFormat format;
     int32_t log2_group;  // int4_group: columns that share a scale, a power of two from 32
+    bool transposed;     // plain only: gate_up is [H, 2F] and down [F, H]
 
     // -1 when absent.
     TILE_FUNCTION int32_t page_of(const Group& group) const {

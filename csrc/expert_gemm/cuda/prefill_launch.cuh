@@ -1,5 +1,6 @@
 // The prefill kernels of prefill_sm80.h as CUDA entry points, and their launcher, for one format of
-// weights: prefill_sm80.cu has the plain ones, prefill_quantised.cu the others.
+// weights: prefill_sm80.cu has the plain ones, prefill_transposed.cu and
+// prefill_quantised.cu the others.
 #pragma once
 
 #include <algorithm>

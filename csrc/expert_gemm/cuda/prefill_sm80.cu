@@ -19,6 +19,8 @@ void launch_prefill(const ExpertParams& p, int block_m, Stream stream) {
     if (p.num_tokens == 0 || p.max_groups == 0) return;
     if (p.pages.format != WeightFormat::plain)
         launch_prefill_quantised(p, block_m, stream);
+    else if (p.pages.transposed)
+        launch_prefill_transposed(p, block_m, stream);
     else if (p.dtype == DType::bf16)
         launch_both<simt::bf16, PlainWeights<simt::bf16>>(p, block_m, stream);
     else

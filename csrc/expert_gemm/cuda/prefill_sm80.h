@@ -58,7 +58,7 @@ struct TokenTile {
 };
 
 // A warp's share: kBlockM / 2 rows (in 16s) by 32 weight rows (in 8s).
-template <class T, int kBlockM>
+template <class T, class Format, int kBlockM>
 struct PrefillWarp {
     static constexpr int kRowBlocks = kBlockM / 32;
     float acc[kRowBlocks][4][4] = {};
@@ -71,9 +71,8 @@ struct PrefillWarp {
         const unsigned char* weights = stage + kBlockM * kPrefillRowBytes;
         SIMT_UNROLL for (int half = 0; half < 2; ++half) {
             uint32_t b[2][4];  // two 8s of weight rows each: (k low, k high), (k low, k high)
-            SIMT_UNROLL for (int pair = 0; pair < 2; ++pair) simt::ldmatrix_x4(
-                b[pair], weights + swizzle64(first_weight() + pair * 16 + lane / 16 * 8 + lane % 8,
-                                             half * 2 + lane / 8 % 2));
+            SIMT_UNROLL for (int pair = 0; pair < 2; ++pair) WeightTile<T, Format>::load_operand(
+                b[pair], weights, first_weight() + pair * 16, half);
             SIMT_UNROLL for (int i = 0; i < kRowBlocks; ++i) {
                 uint32_t a[4];
                 simt::ldmatrix_x4(
@@ -90,7 +89,7 @@ struct PrefillWarp {
 // The whole product of one tile. Every thread of the block calls it.
 template <class T, class Format, int kBlockM, int kStages>
 SIMT_FUNCTION void multiply_tile(const TokenTile& tokens, const WeightTile<T, Format>& weights,
-                                 PrefillWarp<T, kBlockM>& warp, unsigned char* shared) {
+                                 PrefillWarp<T, Format, kBlockM>& warp, unsigned char* shared) {
     constexpr int kStageBytes = prefill_stage_bytes(kBlockM);
     constexpr int kWeightsAt = kBlockM * kPrefillRowBytes;
     using Fetched = typename WeightTile<T, Format>::Fetched;
@@ -132,6 +131,7 @@ SIMT_FUNCTION void prefill(const ExpertParams& p, unsigned char* shared) {
     TileWalker<PresentGroups> walker(groups, p.group_count(), kBlockM,
                                      prefill_feature_tiles(p, kDown));
     const bool gated = !kDown && p.gated;
+    const bool alternate = Format::kTransposed && gated && p.interleaved;
     const int num_features = kDown ? p.hidden : p.inner_size;
     const int tile_features = gated ? kPrefillBlockN / 2 : kPrefillBlockN;
     const GateUpRows gate_up = GateUpRows::make(p.inner_size, p.interleaved);
@@ -157,13 +157,18 @@ SIMT_FUNCTION void prefill(const ExpertParams& p, unsigned char* shared) {
                     uint32_t(kDown ? row : p.route_of_row[row] / p.top_k) * (tokens.k_size / 8);
         }
         const WeightTile<T, Format> weights(WeightMatrix::make(p, page, kDown), [&](int local) {
+            if (alternate) {  // eight neighbours: gate and up of four features
+                const int feature = first_feature + local / 2;
+                return 2 * (feature < num_features ? feature : num_features - 4);
+            }
+            constexpr int kRun = Format::kTransposed ? 8 : 1;  // features read together
             int feature = first_feature + (gated ? gated_feature(local) : local);
-            feature = feature < num_features ? feature : num_features - 1;  // not stored
+            feature = feature < num_features ? feature : num_features - kRun;  // not stored
             return !gated               ? feature
                    : gated_is_up(local) ? gate_up.up(feature)
                                         : gate_up.gate(feature);
         });
-        PrefillWarp<T, kBlockM> warp;
+        PrefillWarp<T, Format, kBlockM> warp;
         multiply_tile<T, Format, kBlockM, kStages>(tokens, weights, warp, shared);
 
         const int g = simt::lane_id() / 4, t2 = simt::lane_id() % 4 * 2;
@@ -175,7 +180,7 @@ SIMT_FUNCTION void prefill(const ExpertParams& p, unsigned char* shared) {
                 if (row >= group.end_row) continue;
                 store_row<T, 4, kDown, decltype(smooth)::value>(
                     p, form, page, out + int64_t(row) * num_features, first_feature,
-                    warp.first_weight(), t2,
+                    warp.first_weight(), t2, alternate,
                     [&](int j, int c) -> float& { return warp.acc[i][j][half * 2 + c]; });
             }
         });

@@ -141,7 +141,7 @@ SIMT_FUNCTION void consume(const ExpertParams& p, HopperShared at) {
                 if (row >= group.end_row) continue;
                 store_row<T, kN / 8, kDown, decltype(smooth)::value>(
                     p, form, page, out + int64_t(row) * num_features, first_feature, first_weight,
-                    accumulator_column(thread, 0),
+                    accumulator_column(thread, 0), false,
                     [&](int j, int c) -> float& { return acc[j * 4 + 2 * half + c]; });
             }
         });

@@ -18,8 +18,9 @@ struct DecodeVariant {
 // inside the block is what fills the machine: one token of Qwen3-30B has 8 x 48 tiles of gate and
 // up for 132 SMs, three blocks each, 24 warps of 6 KiB. Quantised steps are two or four times as
 // long in k and two are in flight, so two are asked for.
-TILE_FUNCTION int decode_warps(int k_size, int bits) {
-    const int steps = ceil_div(k_size, 4 * 128 / bits);  // decode_step_k
+TILE_FUNCTION int decode_warps(int k_size, int bits, bool transposed) {
+    const int step_k = transposed ? 16 : 4 * 128 / bits;  // of decode_product.h and its transposed
+    const int steps = ceil_div(k_size, step_k);
     const int enough_for = steps / (bits < 16 ? 2 : 4);
     return enough_for >= 8 ? 8 : enough_for >= 4 ? 4 : enough_for >= 2 ? 2 : 1;
 }
@@ -28,10 +29,11 @@ TILE_FUNCTION int decode_warps(int k_size, int bits) {
 // Up to 8 tokens no expert has more than 8 rows. Above, the widest pass that most experts fill:
 // registers of a wider one cost loads in flight.
 TILE_FUNCTION DecodeVariant choose_decode(int num_tokens, int top_k, int num_experts, int hidden,
-                                          int inner_size, int bits) {
+                                          int inner_size, int bits, bool transposed = false) {
     const int rows_per_expert = ceil_div(num_tokens * top_k, num_experts);
     const int groups = num_tokens <= 8 ? 1 : num_tokens <= 16 || rows_per_expert <= 6 ? 2 : 4;
-    return {groups, decode_warps(hidden, bits), decode_warps(inner_size, bits)};
+    return {groups, decode_warps(hidden, bits, transposed),
+            decode_warps(inner_size, bits, transposed)};
 }
 
 // Above this many rows per expert the tensor cores' rate matters and prefill's tiles take over:

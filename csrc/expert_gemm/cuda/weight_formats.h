@@ -1,7 +1,7 @@
 // The numbers of a page: layouts exactly as checkpoints hold them, and how codes become operands of
 // the matrix instructions in registers. moe_offload/quantization.py is the twin in PyTorch.
 //
-//   plain       T itself
+//   plain       T itself; [rows, k], or transposed [k, rows], of transformers' gpt-oss in bf16
 //   fp8_block   e4m3 [rows, k]; float scales [ceil(rows / 128), ceil(k / 128)], "weight_scale_inv"
 //               of DeepSeek-V3 and Qwen3 FP8
 //   mxfp4       "blocks" of gpt-oss [rows, k / 32, 16 bytes], two e2m1 a byte, the lower four bits
@@ -115,6 +115,7 @@ SIMT_FUNCTION simt::U4 times(simt::U4 pairs, uint32_t scale) {
 struct WeightMatrix {
     const unsigned char* codes;   // [rows, k_size]
     const unsigned char* scales;  // as the format has them
+    int rows;
     int k_size;
     int log2_group;
 
@@ -122,11 +123,13 @@ struct WeightMatrix {
                                            bool down) {
         return {page + (down ? p.pages.down_offset : p.pages.up_offset),
                 page + (down ? p.pages.down_scale_offset : p.pages.up_scale_offset),
-                down ? p.inner_size : p.hidden, p.pages.log2_group};
+                down ? p.hidden : p.up_rows(), down ? p.inner_size : p.hidden, p.pages.log2_group};
     }
 };
 
 // A format tells the kernels:
+//   kTransposed    matrices are [k, rows]: kernels have code of their own for those, and need
+//                  none of what follows
 //   kBits          of one number; 16 bytes hold 128 / kBits of them
 //   kRowsPerScale  of a lane's four weight rows g, g + 8, g + 16, g + 24, how many share a scale
 //                  (without scales 0). Tiles start at multiples of 16 rows, so g and g + 8 are in
@@ -137,6 +140,7 @@ struct WeightMatrix {
 template <class T>
 struct PlainWeights {
     static constexpr WeightFormat kFormat = WeightFormat::plain;
+    static constexpr bool kTransposed = false;
     static constexpr int kBits = 16;
     static constexpr int kRowsPerScale = 0;
     static constexpr bool kScaleSums = false;
@@ -148,8 +152,15 @@ struct PlainWeights {
 };
 
 template <class T>
+struct TransposedWeights {
+    static constexpr WeightFormat kFormat = WeightFormat::plain;
+    static constexpr bool kTransposed = true;
+};
+
+template <class T>
 struct Fp8BlockWeights {
     static constexpr WeightFormat kFormat = WeightFormat::fp8_block;
+    static constexpr bool kTransposed = false;
     static constexpr int kBits = 8;
     static constexpr int kRowsPerScale = 2;
     static constexpr bool kScaleSums = true;
@@ -175,6 +186,7 @@ struct Fp8BlockWeights {
 
 struct Mxfp4Weights {
     static constexpr WeightFormat kFormat = WeightFormat::mxfp4;
+    static constexpr bool kTransposed = false;
     static constexpr int kBits = 4;
     static constexpr int kRowsPerScale = 1;
     static constexpr bool kScaleSums = false;
@@ -194,6 +206,7 @@ struct Mxfp4Weights {
 template <class T>
 struct Int4GroupWeights {
     static constexpr WeightFormat kFormat = WeightFormat::int4_group;
+    static constexpr bool kTransposed = false;
     static constexpr int kBits = 4;
     static constexpr int kRowsPerScale = 1;
     static constexpr bool kScaleSums = false;

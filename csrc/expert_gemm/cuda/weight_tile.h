@@ -1,10 +1,15 @@
-// How a prefill tile's 128 weight rows get into shared memory, 32 k at a time, as T in the swizzled
-// rows the matrix instructions read. Two steps each: fetch() starts, place() puts into a stage.
+// How a prefill tile's 128 weight rows get into shared memory, 32 k at a time, as T, and from there
+// into the matrix instructions' operands. Two steps each: fetch() starts, place() puts into a
+// stage.
 //
 // Plain weights are copied by cp.async, so fetch() does nothing. Quantised ones are fetched into
 // registers while a stage is multiplied, and unpacked and stored while the next one is: each number
 // once per block, where unpacking operands would do it in every warp that shares them. What lies in
 // shared memory are the bits of a page dequantised to T beforehand, so the two give equal results.
+//
+// Matrices stored [k, rows] lie in shared memory as they lie in the page, a line of 128 rows per k,
+// and ldmatrix transposes: the operands, and so the results, are those of the same matrix [rows,
+// k].
 #pragma once
 
 #include "expert_gemm/cuda/params.h"
@@ -17,6 +22,15 @@ constexpr int kPrefillThreads = 256;
 constexpr int kPrefillBlockN = 128;  // weight rows
 constexpr int kPrefillBlockK = 32;
 constexpr int kPrefillRowBytes = kPrefillBlockK * 2;
+
+// Operands of 16 weight rows by 16 k from rows of 32 k: (k low, k high) of eight rows, then of the
+// next eight.
+SIMT_FUNCTION void load_weight_operand(uint32_t (&b)[4], const unsigned char* stage, int first_row,
+                                       int half) {
+    const int lane = simt::lane_id();
+    simt::ldmatrix_x4(
+        b, stage + swizzle64(first_row + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2));
+}
 
 // `row_of(local)`: the matrix row of the tile's local-th of 128.
 template <class T, class Format>
@@ -48,10 +62,15 @@ class WeightTile {
         if constexpr (Format::kBits == 8)
             fetched.codes = simt::load16<simt::Keep::reused>(from);
         else
-            simt::load8(from, fetched.codes.word[0], fetched.codes.word[1]);
+            simt::load8<simt::Keep::reused>(from, fetched.codes.word[0], fetched.codes.word[1]);
         if constexpr (!Format::kScaleSums)
             fetched.scale = Format::load_scale(matrix_, scale_row_, at);
         return fetched;
+    }
+
+    SIMT_FUNCTION static void load_operand(uint32_t (&b)[4], const unsigned char* stage,
+                                           int first_row, int half) {
+        load_weight_operand(b, stage, first_row, half);
     }
 
     // A scale that serves 128 columns is read here: it is in L1, and no register is left to hold
@@ -103,10 +122,49 @@ class WeightTile<T, PlainWeights<T>> {
                            inside ? 16 : 0);
         }
     }
+    SIMT_FUNCTION static void load_operand(uint32_t (&b)[4], const unsigned char* stage,
+                                           int first_row, int half) {
+        load_weight_operand(b, stage, first_row, half);
+    }
 
   private:
     WeightMatrix matrix_;
     uint32_t rows_[2];  // in units of 16 bytes
+};
+
+// The same from a matrix [k, rows]. `row_of` is asked for multiples of eight, with the seven rows
+// that follow in memory.
+template <class T>
+class WeightTile<T, TransposedWeights<T>> {
+    static constexpr int kChunks = kPrefillBlockN / 8;  // of a k, 16 bytes each
+
+  public:
+    struct Fetched {};
+
+    template <class RowOf>
+    SIMT_FUNCTION WeightTile(const WeightMatrix& matrix, RowOf&& row_of)
+        : matrix_(matrix), chunk_(row_of(simt::thread_id() % kChunks * 8) / 8) {}
+    SIMT_FUNCTION Fetched fetch(int) const { return {}; }
+    SIMT_FUNCTION void place(Fetched, int k, unsigned char* stage) const {
+        const int local = simt::thread_id() / kChunks, chunk = simt::thread_id() % kChunks;
+        SIMT_UNROLL for (int i = 0; i < 2; ++i) {
+            const int at = k + local + i * kPrefillBlockK / 2;
+            const bool inside = at < matrix_.k_size;
+            const int64_t offset = inside ? (int64_t(at) * (matrix_.rows / 8) + chunk_) * 16 : 0;
+            simt::cp_async(stage + swizzle256(local + i * kPrefillBlockK / 2, chunk),
+                           matrix_.codes + offset, inside ? 16 : 0);
+        }
+    }
+    SIMT_FUNCTION static void load_operand(uint32_t (&b)[4], const unsigned char* stage,
+                                           int first_row, int half) {
+        const int lane = simt::lane_id();
+        simt::ldmatrix_x4_trans(b, stage + swizzle256(half * 16 + lane / 8 % 2 * 8 + lane % 8,
+                                                      first_row / 8 + lane / 16));
+    }
+
+  private:
+    WeightMatrix matrix_;
+    int chunk_;  // of every k, this thread's eight rows
 };
 
 }  // namespace moe_offload::cuda
