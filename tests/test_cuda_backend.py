@@ -7,22 +7,18 @@ from __future__ import annotations
 import ctypes
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import emulated_cuda
-import fake_cuda
 import pytest
 import torch
 from experts import random_routing, random_weights
 from torch import Tensor
 
-from moe_offload import OffloadedExperts, _core, backends, offloader, reference, resident
+from moe_offload import OffloadedExperts, backends, reference, resident
 from moe_offload.activations import Activation, ExpertForm
 from moe_offload.backends.cuda import Cuda
 from moe_offload.backends.triton import TritonExperts
 from moe_offload.cuda_kernels import SlabPages
-from moe_offload.device import ComputeDevice
 from moe_offload.errors import UnsupportedModelError
 from moe_offload.functional import expert_ffn
 from moe_offload.layer import _as_layer
@@ -30,29 +26,6 @@ from moe_offload.pages import PageLayout, find_slab, pack_experts
 
 # By name: tensors are on the CPU here, where "auto" never takes it.
 ON_GPU: dict[str, Any] = {"device": "cuda", "expert_backend": "cuda"}
-
-
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[types.ModuleType, Path]:
-    folder = tmp_path_factory.mktemp("cuda")
-    return emulated_cuda.build(folder), fake_cuda.build(folder)
-
-
-@pytest.fixture
-def kernels(libraries: Any, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    emulated_cuda.install(libraries[0], monkeypatch)
-    return libraries[0]
-
-
-@pytest.fixture
-def gpu(kernels: Any, libraries: Any, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """device="cuda" finds the fake driver and the emulated kernels."""
-    driver = fake_cuda.load(libraries[1])
-    driver.fake_cuda_reset()
-    driver.fake_cuda_set_delay(5, 50)
-    device = ComputeDevice(torch.device("cpu"), _core.CudaDevice(0, str(libraries[1])))
-    monkeypatch.setattr(offloader, "open_device", lambda name: device)
-    return driver
 
 
 # --- right ---------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The package's CUDA kernels (`moe_offload.cuda_kernels`) as an expert backend: for NVIDIA GPUs.
 
 Few tokens run the decode kernels, many the prefill kernels; both read pages where they are, slots
-of the pool or a resident model's weights. The host waits once per call, for the routed ids
-(`routes.py`). Bits depend on the call's sizes and the GPU, not on portions, slots or timing.
+of the pool or a resident model's weights, as they are stored: [N, K] or [K, N], plain or quantised
+(`quantization.py`). The host waits once per call, for the routed ids (`routes.py`). Bits depend on
+the call's sizes and the GPU, not on portions, slots or timing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from moe_offload.activations import Activation, recognise, unsupported
 from moe_offload.backends.routes import SortedRoutes
 from moe_offload.cuda_kernels import CudaExperts, ExpertShape, SlabPages
 from moe_offload.device import to_device
+from moe_offload.quantization import MXFP4_GROUP, SCALES, format_of
 
 if TYPE_CHECKING:
     from moe_offload.pager import ExpertPool
@@ -34,28 +36,66 @@ class Cuda:
         return cuda_kernels.missing()
 
     def supports(self, module: Any, layout: PageLayout) -> str | None:
+        form = format_of(layout.section("down_proj").dtype)
         dtypes = [section.dtype for section in layout.sections]
+        if form != "plain":  # which mean bfloat16, and biases are of it
+            biases = [s.dtype for s in layout.sections if s.name.endswith("_bias")]
+            dtypes = [torch.bfloat16, *biases]
         if (reason := unsupported(module, dtypes, cuda_kernels.DTYPES)) is not None:
             return reason
-        return bad_sizes(*_sizes(module, layout))
+        if (reason := bad_sizes(*_sizes(module, layout))) is not None:
+            return reason
+        try:
+            _shape_of_pages(module, layout, Activation("silu", module.has_gate))
+        except (KeyError, TypeError, ValueError) as error:
+            return str(error)
+        return None
 
     def bind(self, module: Any, layout: PageLayout, num_experts: int) -> BoundLayer:
         activation = recognise(module)
         assert isinstance(activation, Activation), "bind follows a supports() of None"
-        offsets = {section.name: section.offset for section in layout.sections}
-        shape = expert_shape(
-            activation,
-            *(*_sizes(module, layout), layout.sections[0].dtype, offsets),
-            interleaved=not getattr(module, "is_concatenated", True),
-            transposed=module.is_transposed,
-        )
-        return BoundLayer(CudaExperts(shape, num_experts))
+        return BoundLayer(CudaExperts(_shape_of_pages(module, layout, activation), num_experts))
 
 
 def _sizes(module: Any, layout: PageLayout) -> tuple[int, int]:
-    """H and F; down is [H, F], or transposed [F, H]."""
-    rows, columns = layout.section("down_proj").shape
-    return (columns, rows) if module.is_transposed else (rows, columns)
+    """H and F. Down is [H, F], plain ones may be transposed; codes are [H, F / codes of one]."""
+    down = layout.section("down_proj")
+    rows, columns = down.shape[:2]
+    form = format_of(down.dtype)
+    if form == "plain":
+        return (columns, rows) if module.is_transposed else (rows, columns)
+    return rows, columns * {"fp8_block": 1, "mxfp4": MXFP4_GROUP, "int4_group": 8}[form]
+
+
+def _shape_of_pages(module: Any, layout: PageLayout, activation: Activation) -> ExpertShape:
+    """The layer as the kernels see it, every section's dtype and shape checked."""
+    first = "gate_up_proj" if activation.gated else "up_proj"
+    down = layout.section("down_proj")
+    form, (hidden, inner) = format_of(down.dtype), _sizes(module, layout)
+    names: dict[str, Any] = {"up": first, "down": "down_proj"}
+    options: dict[str, Any] = {"weight_format": form}
+    if form == "plain":
+        options["transposed"] = module.is_transposed
+    else:
+        names |= {"up_scales": first + SCALES, "down_scales": "down_proj" + SCALES}
+    if form == "int4_group":
+        options["group_size"] = inner // layout.section("down_proj" + SCALES).shape[-1]
+    if module.has_bias:
+        names |= {"up_bias": f"{first}_bias", "down_bias": "down_proj_bias"}
+    return ExpertShape.of_layout(
+        layout,
+        hidden,
+        inner,
+        down.dtype if form == "plain" else torch.bfloat16,
+        **names,
+        **options,
+        activation=activation.name,
+        gated=activation.gated,
+        interleaved=not getattr(module, "is_concatenated", True),
+        alpha=activation.alpha,
+        limit=activation.limit,
+        offset=activation.offset,
+    )
 
 
 def bad_sizes(hidden: int, inner: int) -> str | None:
@@ -71,10 +111,8 @@ def expert_shape(
     inner: int,
     dtype: torch.dtype,
     offsets: Mapping[str, int],
-    interleaved: bool = False,
-    transposed: bool = False,
 ) -> ExpertShape:
-    """A layer as the kernels see it; `offsets` of its sections from a page's start, in bytes."""
+    """A layer of plain [N, K] matrices as the kernels see it; `offsets` in a page, in bytes."""
     first = "gate_up_proj" if activation.gated else "up_proj"
     return ExpertShape(
         *(hidden, inner, dtype),
@@ -84,8 +122,6 @@ def expert_shape(
         down_bias_offset=offsets.get("down_proj_bias", -1),
         activation=activation.name,
         gated=activation.gated,
-        interleaved=interleaved,
-        transposed=transposed,
         alpha=activation.alpha,
         limit=activation.limit,
         offset=activation.offset,
