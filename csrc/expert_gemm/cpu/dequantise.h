@@ -55,16 +55,26 @@ struct Mxfp4 {  // 16 bytes to 32 numbers, for scales in [2, 252]
     }
 };
 
-// The 128 magnitudes of one block times its scale.
+// What e4m3 codes 0 to 127 mean.
+struct E4m3 {
+    alignas(64) float values[kBlock];
+    constexpr E4m3() : values() {
+        for (int code = 0; code < kBlock; ++code) {
+            const int exponent = code >> 3, fraction = code & 7;
+            values[code] = static_cast<float>(exponent ? 8 + fraction : fraction) * 0x1p-9f;
+            for (int i = 1; i < exponent; ++i) values[code] *= 2.0f;
+        }
+        values[127] = __builtin_nanf("");
+    }
+};
+constexpr E4m3 kE4m3;
+
+// The magnitudes of one block: all codes times its scale.
 template <class L>
 inline void fp8_table(float scale, BF16* table) {
-    alignas(64) float values[kBlock];
-    for (int i = 0; i < 8; ++i) values[i] = static_cast<float>(i) * 0x1p-9f;
-    for (uint32_t i = 8; i < kBlock; ++i) values[i] = bit_cast_to<float>((i << 20) + (120u << 23));
-    values[127] = bit_cast_to<float>(0x7fc00000u);
-    using V = PortableLanes<4>;  // rounds by integers: no instruction set flushes what is tiny
-    for (int64_t i = 0; i < kBlock; i += 4)
-        V::store(table + i, V::load(values + i) * V::set(scale));
+    using V = PortableLanes<L::kWidth>;  // rounds by integers: what is tiny is not flushed
+    for (int64_t i = 0; i < kBlock; i += L::kWidth)
+        V::store(table + i, V::load(kE4m3.values + i) * V::set(scale));
 }
 
 // `count` codes of one block.
