@@ -126,7 +126,7 @@ inline void few_tile_streamed(const typename Op::X* x, int64_t x_stride,
 template <class Op, int MR>
 inline void few_product(const typename Op::X* x, int64_t x_stride, const std::byte* weights,
                         int64_t row_stride, int64_t begin, int64_t end, int64_t limit,
-                        int64_t k_size, float* c) {
+                        int64_t k_size, bool in_cache, float* c) {
     constexpr int NR = few_tile_rows<Op>(MR);
     using T = typename Op::T;
     const int64_t ahead = (kPrefetchBytes / row_stride / NR + 1) * NR;
@@ -136,12 +136,14 @@ inline void few_product(const typename Op::X* x, int64_t x_stride, const std::by
             w[i] =
                 reinterpret_cast<const T*>(weights + (n + i < end ? n + i : end - 1) * row_stride);
         if constexpr (is_streamed<Op, MR>) {
-            few_tile_streamed<Op, MR, NR>(x, x_stride, w, k_size, c + (n - begin), kChunk + 8);
-        } else {
-            const int64_t prefetch = n + ahead + NR <= limit ? ahead * row_stride : 0;
-            few_tile<Op, MR, NR>(x, x_stride, w, k_size, prefetch / static_cast<int64_t>(sizeof(T)),
-                                 c + (n - begin), kChunk + 8);
+            if (!in_cache) {
+                few_tile_streamed<Op, MR, NR>(x, x_stride, w, k_size, c + (n - begin), kChunk + 8);
+                continue;
+            }
         }
+        const int64_t prefetch = n + ahead + NR <= limit ? ahead * row_stride : 0;
+        few_tile<Op, MR, NR>(x, x_stride, w, k_size, prefetch / static_cast<int64_t>(sizeof(T)),
+                             c + (n - begin), kChunk + 8);
     }
 }
 
@@ -170,9 +172,9 @@ void gate_up_few_rows(const GateUpArgs& a) {
             const int64_t end = n + 24 < stop ? n + 24 : stop;
             if (a.gate)
                 few_product<Op, MR>(x, x_stride, a.gate, a.row_stride, n, end, a.end, a.hidden,
-                                    gate + (n - f));
+                                    a.in_cache, gate + (n - f));
             few_product<Op, MR>(x, x_stride, a.up, a.row_stride, n, end, a.end, a.hidden,
-                                up + (n - f));
+                                a.in_cache, up + (n - f));
         }
         for (int64_t m = 0; m < MR; ++m) {
             float *g = gate + m * kChunkStride, *u = up + m * kChunkStride;
@@ -197,7 +199,7 @@ void down_few_rows(const DownArgs& a) {
     for (int64_t n = a.begin; n < a.end; n += kChunk) {
         const int64_t stop = n + kChunk < a.end ? n + kChunk : a.end, count = stop - n;
         few_product<Op, MR>(static_cast<const typename Op::X*>(a.h), few_stride<Op>(a.inner),
-                            a.down, a.row_stride, n, stop, a.end, a.inner, c);
+                            a.down, a.row_stride, n, stop, a.end, a.inner, a.in_cache, c);
         for (int64_t m = 0; m < MR; ++m) {
             float* row = c + m * kChunkStride;
             add_bias<Op>(row, a.bias, a.bias_stride, n, count);

@@ -209,6 +209,7 @@ void FfnRun::compute_batch(const FfnWeights& weights, std::span<const Group> gro
         a.gate = weights.gate.slot(group.slot);
         a.up = weights.up.slot(group.slot);
         a.row_stride = weights.up.row_stride;
+        a.in_cache = !up_in_place;
         a.gate_bias = weights.gate_bias.slot(group.slot);
         a.up_bias = weights.up_bias.slot(group.slot);
         a.bias_stride = weights.up_bias.row_stride;
@@ -251,6 +252,7 @@ void FfnRun::compute_batch(const FfnWeights& weights, std::span<const Group> gro
         a.inner = inner;
         a.down = weights.down.slot(group.slot);
         a.row_stride = weights.down.row_stride;
+        a.in_cache = !down_in_place;
         a.bias = weights.down_bias.slot(group.slot);
         a.bias_stride = weights.down_bias.row_stride;
         a.begin = part.begin;

@@ -33,6 +33,7 @@ struct GateUpArgs {
     const std::byte* gate;  // rows of H elements, null without a gate
     const std::byte* up;
     int64_t row_stride;          // bytes, of gate and up
+    bool in_cache;               // they were just written there (panel.h)
     const std::byte* gate_bias;  // null or one element per row
     const std::byte* up_bias;
     int64_t bias_stride;  // bytes
@@ -48,6 +49,7 @@ struct DownArgs {
     int64_t hidden, inner;
     const std::byte* down;  // rows of F elements
     int64_t row_stride;
+    bool in_cache;
     const std::byte* bias;  // null or [H]
     int64_t bias_stride;
     int64_t begin, end;        // columns of y to compute
