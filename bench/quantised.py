@@ -8,7 +8,7 @@ logit must be equal, and is compared before a time counts.
 quantised ones at as many bytes, and at as large a share. Turns alternate, each prompt is new, files
 are read past the page cache, slots keep what earlier turns left.
 
-    python bench/quantised.py                 both shapes: about five minutes, 14 GB in --workdir
+    python bench/quantised.py                 both shapes: about three minutes, 14 GB in --workdir
     python bench/quantised.py --quick         toy sizes: does it run?
 """
 
@@ -394,9 +394,9 @@ def main() -> None:
                 write(shape, workdir)
             if given.part in (None, "layer"):
                 sizes = (1, 20) if given.quick else (1, 4, 16, 64, 256)
-                layer_rows += time_layers(shape, sizes, 3 if given.quick else 15)
+                layer_rows += time_layers(shape, sizes, 3 if given.quick else 9)
             if given.part in (None, "model"):
-                counts = (2, 6, 3) if given.quick else (6, 64, 16)
+                counts = (2, 6, 3) if given.quick else (4, 64, 16)
                 model_rows += time_models(shape, workdir, *counts)
     show(layer_rows, model_rows)
     results = {"environment": record, "layer": layer_rows, "model": model_rows}
