@@ -55,7 +55,8 @@ class Plan:
         dense_bytes: memory of everything that is not a routed expert.
         expert_bytes: all experts as slots: a budget of 100%.
         source: what slots are filled from: "files" (byte ranges, read verbatim), "converted
-            files", "host memory" (live models), or "unknown" (files absent).
+            files", "host memory" (live models), or "unknown" (files absent; of a quantised
+            checkpoint the sizes are then those of dequantised experts).
         expert_disk_bytes: expert tensors in the checkpoint's files; None for live models and
             where the source is unknown.
         smallest_budget_bytes: the smallest budget this model works with.
