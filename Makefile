@@ -28,7 +28,10 @@ BUILD_INPUTS = setup.py CMakeLists.txt $(wildcard cmake/*.cmake) $(filter-out cs
 demo: install
 	$(VENV)/bin/python -m moe_offload demo
 
-test: lint cpp-test py-test
+# Two lanes on two cores: pytest behind the installation, everything else beside it. A target's
+# output appears when it is done, pytest's as it comes (a line with + is not held back).
+test:
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target py-test cpp-test lint
 
 lint: install
 	ruff check .
@@ -36,23 +39,27 @@ lint: install
 	clang-format --dry-run -Werror $(CPP_FILES)
 	mypy moe_offload
 
-cpp-test: cpp-test-release cpp-test-address cpp-test-thread
+cpp-test: cpp-test-address cpp-test-thread cpp-test-release
 
-# Release as shipped; the sanitized builds with assertions on.
-cpp-test-release: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Release
+# The sanitized builds with assertions on; the release tests with the objects that were installed.
+CPP_BUILD = build/$@
 cpp-test-address: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=address
 cpp-test-thread: CPP_FLAGS := -DCMAKE_BUILD_TYPE=Debug -DMOE_OFFLOAD_SANITIZE=thread
+cpp-test-address cpp-test-thread: CPP_FLAGS += -G Ninja $(CMAKE_ARGS) -DMOE_OFFLOAD_PYTHON=OFF
+cpp-test-release: CPP_BUILD = build/cmake-$$(python -c 'import sys; print(sys.implementation.cache_tag)')
+cpp-test-release: install
 .PHONY: cpp-test-release cpp-test-address cpp-test-thread
 cpp-test-release cpp-test-address cpp-test-thread: $(VENV)/tools.stamp | liburing
 	@mkdir -p build
-	@echo "C++ tests: $(CPP_FLAGS)"
-	@cmake -S . -B build/$@ -G Ninja $(CPP_FLAGS) $(CMAKE_ARGS) -DMOE_OFFLOAD_PYTHON=OFF \
-		-DMOE_OFFLOAD_TESTS=ON > build/$@.log || { cat build/$@.log; exit 1; }
-	@cmake --build build/$@ --parallel $(JOBS)
-	@ctest --test-dir build/$@ --output-on-failure --no-tests=error
+	@echo "C++ tests: $(@:cpp-test-%=%)"
+	@cmake -S . -B $(CPP_BUILD) $(CPP_FLAGS) -DMOE_OFFLOAD_TESTS=ON > build/$@.log \
+		|| { cat build/$@.log; exit 1; }
+	@cmake --build $(CPP_BUILD) --target cpp_tests --parallel $(JOBS) > build/$@.log \
+		|| { cat build/$@.log; exit 1; }
+	@ctest --test-dir $(CPP_BUILD) --parallel $(JOBS) --output-on-failure --no-tests=error
 
 py-test: install
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	+$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 bench: install
 	$(VENV)/bin/python bench/end_to_end.py

@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs that are not there: a script, run by test_triton_compile.py.
 
-    python tests/triton_compile.py 80,90,100 quick
+    python tests/triton_compile.py 90 all
 
 The public ops are called with CPU tensors while every launch is replaced by compilation for the
 wanted architecture, so what is compiled is exactly what a launch there would compile: same types,
@@ -143,7 +143,10 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": shared, "local": local}
 
 
-def main(archs: list[int], which: str) -> None:
+CASES = {"quick": QUICK, "slow": SLOW, "all": QUICK | SLOW}
+
+
+def main(arch: int, which: str) -> None:
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -153,23 +156,22 @@ def main(archs: list[int], which: str) -> None:
         return kernel
 
     JITFunction.run = compile_only
-    for arch in archs:
-        driver.set_active(AbsentGpu(arch))
-        for case, call in {"quick": QUICK, "slow": SLOW}[which].items():
-            compiled.clear()
-            call()
-            for kernel in compiled:
-                record = {
-                    "case": case,
-                    "arch": kernel.metadata.target.arch,
-                    "kernel": kernel.name,
-                    "warps": kernel.metadata.num_warps,
-                    "dynamic_shared": kernel.metadata.shared,
-                    "ptx_target": re.search(r"\.target (\w+)", kernel.asm["ptx"]).group(1),  # type: ignore[union-attr]
-                    **resources(kernel.asm["cubin"]),
-                }
-                print(json.dumps(record), flush=True)
+    driver.set_active(AbsentGpu(arch))
+    for case, call in CASES[which].items():
+        compiled.clear()
+        call()
+        for kernel in compiled:
+            record = {
+                "case": case,
+                "arch": kernel.metadata.target.arch,
+                "kernel": kernel.name,
+                "warps": kernel.metadata.num_warps,
+                "dynamic_shared": kernel.metadata.shared,
+                "ptx_target": re.search(r"\.target (\w+)", kernel.asm["ptx"]).group(1),  # type: ignore[union-attr]
+                **resources(kernel.asm["cubin"]),
+            }
+            print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1].split(",")], sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2])
