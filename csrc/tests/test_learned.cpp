@@ -261,6 +261,34 @@ void prefetched_pages_stay_until_their_layer_is_routed() {
     }
 }
 
+// `learned` and `auto` find their victim by shortcuts; Ranked's scan of all residents is the rule.
+void victims_are_those_of_the_full_scan() {
+    for (const char* name : {"learned", "auto"})
+        for (const size_t slots : {6u, 16u, 40u}) {
+            const Trace trace = text(23, 150);
+            const PolicySetting setting = setting_of(trace.layers, trace.experts, slots);
+            SlotTable table(setting.num_pages(), slots, make_policy(name, setting));
+            const auto& policy = dynamic_cast<const Ranked&>(table.policy());
+            std::mt19937 random(5);
+            for (const Pass& pass : trace.passes)
+                for (int32_t layer = 0; layer < trace.layers; ++layer) {
+                    std::vector<PageIndex> pages = pass[size_t(layer)];
+                    for (PageIndex& page : pages) page += PageIndex(layer * trace.experts);
+                    serve(table, layer, pages, 2);
+                    const auto ahead = PageIndex(random() % setting.num_pages());
+                    if (table.slot_of(ahead) == kNoSlot && random() % 3 == 0)
+                        table.place(ahead, nullptr, false);  // as a prefetch
+                    for (int turn = 0; turn < 3; ++turn) {
+                        const uint32_t kept = random();
+                        const auto may_evict = [&](PageIndex page) {
+                            return turn == 0 || (page * 2654435761u ^ kept) % 7 < 3;
+                        };
+                        CHECK_EQ(policy.victim(0, may_evict), policy.Ranked::victim(0, may_evict));
+                    }
+                }
+        }
+}
+
 void path_predictor_names_what_followed() {
     PathPredictor predictor({8, 8});
     const Trace trace = text(17, 400);
@@ -302,5 +330,6 @@ int main() {
     RUN(a_prompt_that_uses_every_expert_teaches_nothing);
     RUN(auto_begins_with_learned_and_keeps_to_it_where_text_repeats);
     RUN(prefetched_pages_stay_until_their_layer_is_routed);
+    RUN(victims_are_those_of_the_full_scan);
     RUN(path_predictor_names_what_followed);
 }

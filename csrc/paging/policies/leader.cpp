@@ -73,6 +73,23 @@ void Leader::sequence_begins() {
     for (Candidate& candidate : candidates_) candidate.shadow->policy().sequence_begins();
 }
 
+PageIndex Leader::victim(PageIndex incoming, const MayEvict& may_evict) const {
+    PageIndex lowest = kNoPage;
+    double lowest_worth = 0.0;
+    const SlotTable& shadow = *candidates_[leader_].shadow;
+    for (const PageIndex page : residents()) {
+        if (shadow.slot_of(page) != kNoSlot || is_ahead(page)) continue;
+        const double worth = learned_->forecast(page);
+        if (lowest != kNoPage &&
+            (worth > lowest_worth || (worth == lowest_worth && last_use(page) > last_use(lowest))))
+            continue;
+        if (!may_evict(page)) continue;
+        lowest = page;
+        lowest_worth = worth;
+    }
+    return lowest != kNoPage ? lowest : Ranked::victim(incoming, may_evict);
+}
+
 double Leader::demand_worth(PageIndex page) const {
     return (holds(page) ? 1e6 : 0.0) + learned_->forecast(page);
 }

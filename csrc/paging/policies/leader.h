@@ -27,6 +27,10 @@ class Leader final : public KeepsPrefetched {
     // A second slot would be one that the leader kept.
     size_t smallest_share(size_t) const override { return 1; }
 
+    // As Ranked's: what neither the leader holds nor a prefetch brought leaves first, so that most
+    // evictions compare a handful of pages.
+    PageIndex victim(PageIndex incoming, const MayEvict& may_evict) const override;
+
     const std::string& leading() const { return candidates_[leader_].name; }
 
   private:

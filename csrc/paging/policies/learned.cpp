@@ -35,11 +35,11 @@ UseForecast::UseForecast(const PolicySetting& setting)
       stride_(static_cast<size_t>(setting.experts_per_layer())),
       memory_(num_layers_, stride_, kPassesRemembered),
       average_(setting.num_pages() * kHalfLives.size(), 0.0F),
-      unused_(setting.num_pages(), 100),
+      unused_(setting.num_pages(), 100.0F),
       worth_(setting.num_pages(), 0.0F),
       continued_(kAhead.size() * stride_, 0.0F),
-      target_(stride_),
-      waiting_(kHorizon * setting.num_pages()),
+      recency_(stride_),
+      waiting_(kHorizon * setting.num_pages(), Sample{}),
       waiting_since_(kHorizon * num_layers_, 0) {
     for (size_t k = 0; k < kHalfLives.size(); ++k)
         gain_[k] = static_cast<float>(1.0 - std::exp2(-1.0 / kHalfLives[k]));
@@ -68,39 +68,40 @@ void UseForecast::request(const LayerRequest& request) {
 void UseForecast::learn(size_t layer) {
     const size_t row = (pass_ % kHorizon) * num_layers_ + layer;
     if (waiting_since_[row] == 0 || waiting_since_[row] + kHorizon != pass_ + 1) return;
-    std::fill(target_.begin(), target_.end(), 0.0F);
+    Sample* samples = &waiting_[row * stride_];
+    for (size_t expert = 0; expert < stride_; ++expert) samples[expert][kFeatures] = 0.0F;
     double value = std::pow(kPassDiscount, double(kHorizon) - 1.0);
     for (size_t age = 0; age < kHorizon; ++age) {  // from the last visit to the first
         for (size_t word = 0; word < memory_.words(); ++word)
             for (uint64_t bits = memory_.experts(age, layer, word); bits != 0; bits &= bits - 1)
-                target_[word * 64 + static_cast<size_t>(std::countr_zero(bits))] =
+                samples[word * 64 + static_cast<size_t>(std::countr_zero(bits))][kFeatures] =
                     static_cast<float>(value);
         value /= kPassDiscount;
     }
-    const Features* features = &waiting_[row * stride_];
     for (size_t i = 0; i < kFeatures; ++i) {
-        std::array<float, kFeatures> products{};
-        float correlation = 0.0F;
+        Sample products{};
         for (size_t expert = 0; expert < stride_; ++expert) {
-            const float x = features[expert][i];
-            for (size_t j = 0; j < kFeatures; ++j) products[j] += x * features[expert][j];
-            correlation += x * target_[expert];
+            const Sample& x = samples[expert];
+            const float mine = x[i];
+            for (size_t j = 0; j < products.size(); ++j) products[j] += mine * x[j];
         }
         for (size_t j = 0; j < kFeatures; ++j) moments_[i][j] += double(products[j]);
-        correlations_[i] += double(correlation);
+        correlations_[i] += double(products[kFeatures]);
     }
 }
 
 void UseForecast::average(size_t layer, std::span<const PageIndex> pages) {
     constexpr size_t kAverages = kHalfLives.size();
-    float* average = &average_[layer * stride_ * kAverages];
-    for (size_t expert = 0; expert < stride_; ++expert, average += kAverages)
-        for (size_t k = 0; k < kAverages; ++k) average[k] -= average[k] * gain_[k];
-    for (size_t page = layer * stride_; page < (layer + 1) * stride_; ++page) ++unused_[page];
-    for (const PageIndex page : pages) {
-        unused_[page] = 0;
-        for (size_t k = 0; k < kAverages; ++k) average_[page * kAverages + k] += gain_[k];
+    for (size_t k = 0; k < kAverages; ++k) {
+        float* average = &average_[(layer * kAverages + k) * stride_];
+        const float gain = gain_[k];
+        for (size_t expert = 0; expert < stride_; ++expert)
+            average[expert] -= average[expert] * gain;
+        for (const PageIndex page : pages) average[page - layer * stride_] += gain;
     }
+    float* unused = &unused_[layer * stride_];
+    for (size_t expert = 0; expert < stride_; ++expert) unused[expert] += 1.0F;
+    for (const PageIndex page : pages) unused_[page] = 0.0F;
 }
 
 // How often each expert was used within 1, 3, 8 visits after the passes most
@@ -114,16 +115,14 @@ void UseForecast::look_up(size_t layer, size_t num_pages) {
             neighbour_weight(neighbours[0].similarity - neighbour.similarity, num_pages);
         const size_t last = std::min<size_t>(kHorizon, neighbour.age);
         for (size_t word = 0; word < memory_.words(); ++word) {
-            uint64_t seen = 0;
-            for (size_t ahead = 1; ahead <= last; ++ahead) {
-                uint64_t first =
-                    memory_.experts(neighbour.age - ahead, layer, word) & ~seen;  // first uses
-                seen |= first;
-                for (; first != 0; first &= first - 1) {
-                    const size_t expert = word * 64 + static_cast<size_t>(std::countr_zero(first));
-                    for (size_t k = 0; k < kAhead.size(); ++k)
-                        if (ahead <= kAhead[k]) continued_[k * stride_ + expert] += weight;
-                }
+            uint64_t used = 0;
+            size_t ahead = 1;
+            for (size_t k = 0; k < kAhead.size(); ++k) {
+                for (; ahead <= std::min(last, kAhead[k]); ++ahead)
+                    used |= memory_.experts(neighbour.age - ahead, layer, word);
+                float* continued = &continued_[k * stride_ + word * 64];
+                for (uint64_t bits = used; bits != 0; bits &= bits - 1)
+                    continued[std::countr_zero(bits)] += weight;
             }
         }
         for (size_t k = 0; k < kAhead.size(); ++k)
@@ -131,36 +130,46 @@ void UseForecast::look_up(size_t layer, size_t num_pages) {
                         static_cast<float>(kAhead[k]);
     }
     // Where the memory has nothing to say the 20-visit average speaks.
-    const float* average = &average_[layer * stride_ * kHalfLives.size()];
+    const float* average = &average_[(layer * kHalfLives.size() + 2) * stride_];
     for (size_t k = 0; k < kAhead.size(); ++k) {
         const float visits = static_cast<float>(std::min<size_t>(kAhead[k], 4));
         const float scale_k = 1.0F / (total[k] + kAverageWeight);
+        float* continued = &continued_[k * stride_];
         for (size_t expert = 0; expert < stride_; ++expert) {
-            float& continued = continued_[k * stride_ + expert];
-            continued += kAverageWeight * visits * average[expert * kHalfLives.size() + 2];
-            continued *= scale_k;
+            continued[expert] += kAverageWeight * visits * average[expert];
+            continued[expert] *= scale_k;
         }
     }
 }
 
 void UseForecast::score(size_t layer) {
     constexpr size_t kAverages = kHalfLives.size();
-    const size_t row = (pass_ % kHorizon) * num_layers_ + layer;
-    Features* features = &waiting_[row * stride_];
-    for (size_t expert = 0; expert < stride_; ++expert) {
-        const size_t page = layer * stride_ + expert;
-        Features& x = features[expert];
-        x[0] = 1.0F;
-        for (size_t k = 0; k < kAverages; ++k) x[1 + k] = average_[page * kAverages + k];
-        x[1 + kAverages] = 1.0F / static_cast<float>(1 + unused_[page]);
-        for (size_t k = 0; k < kAhead.size(); ++k)
-            x[2 + kAverages + k] = continued_[k * stride_ + expert];
-        float worth = 0.0F;
-        for (size_t f = 0; f < kFeatures; ++f) worth += weights_[f] * x[f];
-        worth_[page] = worth;
+    const float* unused = &unused_[layer * stride_];
+    for (size_t expert = 0; expert < stride_; ++expert)
+        recency_[expert] = 1.0F / (1.0F + unused[expert]);
+    std::array<const float*, kFeatures> feature{};  // [experts] each; the first is 1
+    for (size_t k = 0; k < kAverages; ++k)
+        feature[1 + k] = &average_[(layer * kAverages + k) * stride_];
+    feature[1 + kAverages] = recency_.data();
+    for (size_t k = 0; k < kAhead.size(); ++k)
+        feature[2 + kAverages + k] = &continued_[k * stride_];
+    float* worth = &worth_[layer * stride_];
+    std::fill_n(worth, stride_, weights_[0]);
+    for (size_t f = 1; f < kFeatures; ++f) {
+        const float weight = weights_[f];
+        const float* values = feature[f];
+        for (size_t expert = 0; expert < stride_; ++expert)
+            worth[expert] += weight * values[expert];
     }
+    const size_t row = (pass_ % kHorizon) * num_layers_ + layer;
     const bool sampled = (pass_ * num_layers_ + layer) % kSamplePeriod == 0;
     waiting_since_[row] = sampled ? pass_ + 1 : 0;
+    if (!sampled) return;
+    Sample* samples = &waiting_[row * stride_];
+    for (size_t expert = 0; expert < stride_; ++expert) {
+        samples[expert][0] = 1.0F;
+        for (size_t f = 1; f < kFeatures; ++f) samples[expert][f] = feature[f][expert];
+    }
 }
 
 // (moments + s I) weights = correlations + s prior, by elimination: the matrix

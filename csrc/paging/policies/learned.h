@@ -39,7 +39,8 @@ class UseForecast {
     static constexpr size_t kFeatures = 1 + kHalfLives.size() + 1 + kAhead.size();
 
   private:
-    using Features = std::array<float, kFeatures>;
+    // Of one expert, its target behind them, padded to whole vectors.
+    using Sample = std::array<float, (kFeatures + 1 + 3) / 4 * 4>;
 
     void learn(size_t layer);
     void average(size_t layer, std::span<const PageIndex> pages);
@@ -51,15 +52,16 @@ class UseForecast {
     PathMemory memory_;
     uint64_t step_ = ~uint64_t{0};
     std::array<float, kHalfLives.size()> gain_;
-    std::vector<float> average_;      // [pages, half lives] of use per visit
-    std::vector<uint32_t> unused_;    // [pages] visits since the last use
+    // Arrays over the experts of a layer lie side by side, so that loops over them are vector code.
+    std::vector<float> average_;      // [layers, half lives, experts] of use per visit
+    std::vector<float> unused_;       // [pages] visits since the last use
     std::vector<float> worth_;        // [pages]
     std::vector<float> continued_;    // [ahead, experts] of the layer being routed
-    std::vector<float> target_;       // [experts] scratch
+    std::vector<float> recency_;      // [experts] scratch
     std::vector<PageIndex> experts_;  // of the present request, numbered from 0
 
     // Features wait here for their outcome: [kHorizon, layers, experts].
-    std::vector<Features> waiting_;
+    std::vector<Sample> waiting_;
     std::vector<uint64_t> waiting_since_;  // [kHorizon, layers] 1 + pass, 0: nothing
     uint64_t pass_ = 0;
 
@@ -104,19 +106,28 @@ class KeepsPrefetched : public Ranked {
     virtual double demand_worth(PageIndex page) const = 0;
     virtual bool demand_admits(PageIndex incoming, PageIndex victim) const = 0;
 
+    bool is_ahead(PageIndex page) const { return ahead_[page] != 0; }
+
   private:
     uint64_t serial_ = 0;
     std::vector<uint64_t> asked_;  // [pages] serial of the last request that named it
-    std::vector<bool> ahead_;      // [pages] resident by prefetch, its layer not routed since
+    std::vector<uint8_t> ahead_;   // [pages] resident by prefetch, its layer not routed since
 };
 
 class Learned final : public KeepsPrefetched {
   public:
     explicit Learned(const PolicySetting& setting)
-        : KeepsPrefetched(setting), forecast_(setting), slots_(setting.num_slots) {
+        : KeepsPrefetched(setting),
+          forecast_(setting),
+          slots_(setting.num_slots),
+          layer_of_(setting.num_pages()),
+          resident_(setting.num_pages(), false),
+          lowest_(setting.num_layers(), kNoPage),
+          known_(setting.num_layers(), true) {
         for (int32_t ahead = 0; ahead <= num_layers_; ++ahead)
             discount_.push_back(
                 std::pow(UseForecast::kPassDiscount, double(ahead) / double(num_layers_)));
+        for (PageIndex page = 0; page < layer_of_.size(); ++page) layer_of_[page] = page / stride_;
     }
     void request(const LayerRequest& request) override {
         KeepsPrefetched::request(request);
@@ -125,6 +136,41 @@ class Learned final : public KeepsPrefetched {
         // best of it stay. A smaller one is kept whole: what is worth nothing is
         // the next to leave, and its pages need not wait for one another's slots.
         streams_ = request.pages.size() * static_cast<size_t>(num_layers_) > slots_;
+        known_[static_cast<size_t>(request.layer)] = false;
+    }
+    void insert(PageIndex page) override {
+        KeepsPrefetched::insert(page);
+        resident_[page] = true;
+        known_[layer_of_[page]] = false;
+    }
+    void touch(PageIndex page) override {
+        KeepsPrefetched::touch(page);
+        if (lowest_[layer_of_[page]] == page) known_[layer_of_[page]] = false;
+    }
+    void erase(PageIndex page) override {
+        KeepsPrefetched::erase(page);
+        resident_[page] = false;
+        if (lowest_[layer_of_[page]] == page) known_[layer_of_[page]] = false;
+    }
+    // As Ranked's, by layers: within one the order changes at its own calls only, so each keeps its
+    // lowest page, and only those few are compared.
+    PageIndex victim(PageIndex incoming, const MayEvict& may_evict) const override {
+        PageIndex lowest = kNoPage;
+        double lowest_worth = 0.0;
+        for (size_t layer = 0; layer < lowest_.size(); ++layer) {
+            if (!known_[layer]) {
+                lowest_[layer] = lowest_of(layer, nullptr);
+                known_[layer] = true;
+            }
+            PageIndex page = lowest_[layer];
+            if (page == kNoPage || !is_lower(page, lowest, lowest_worth)) continue;
+            if (!may_evict(page)) page = lowest_of(layer, &may_evict);
+            if (page == kNoPage || !is_lower(page, lowest, lowest_worth)) continue;
+            lowest = page;
+            lowest_worth = forecast(page);
+        }
+        // Prefetched pages are worth more than all others.
+        return lowest != kNoPage ? lowest : Ranked::victim(incoming, may_evict);
     }
     bool evicts_hits() const override { return streams_; }
     // Expected discount of the next use, whatever brought the page here: that of the visit, times
@@ -132,8 +178,9 @@ class Learned final : public KeepsPrefetched {
     // every layer uses most of what it has (large batches) this keeps the arriving pages from
     // pushing out what is about to be needed; without it `learned` missed more than an LRU there.
     double forecast(PageIndex page) const {
+        const int32_t ahead = static_cast<int32_t>(layer_of_[page]) - layer_;
         return std::max(double(forecast_.worth(page)), kLeastWorth) *
-               discount_[static_cast<size_t>(distance(page))];
+               discount_[static_cast<size_t>(ahead > 0 ? ahead : ahead + num_layers_)];
     }
 
   private:
@@ -141,11 +188,37 @@ class Learned final : public KeepsPrefetched {
     bool demand_admits(PageIndex incoming, PageIndex victim) const override {
         return !streams_ || forecast(incoming) > forecast(victim);
     }
+    bool is_lower(PageIndex page, PageIndex than, double worth) const {
+        if (than == kNoPage) return true;
+        const double mine = forecast(page);
+        return mine < worth || (mine == worth && last_use(page) < last_use(than));
+    }
+    // Of a layer's pages that no prefetch brought; null: whether they may leave or not.
+    PageIndex lowest_of(size_t layer, const MayEvict* may_evict) const {
+        PageIndex lowest = kNoPage;
+        float lowest_worth = 0.0F;
+        const auto first = static_cast<PageIndex>(layer) * stride_;
+        for (PageIndex page = first; page < first + stride_; ++page) {
+            if (!resident_[page] || is_ahead(page)) continue;
+            const float worth = std::max(forecast_.worth(page), float(kLeastWorth));
+            if (lowest != kNoPage && (worth > lowest_worth ||
+                                      (worth == lowest_worth && last_use(page) > last_use(lowest))))
+                continue;
+            if (may_evict && !(*may_evict)(page)) continue;
+            lowest = page;
+            lowest_worth = worth;
+        }
+        return lowest;
+    }
 
     static constexpr double kLeastWorth = 1e-4;  // the linear model can say less than nothing
     UseForecast forecast_;
     const size_t slots_;
-    std::vector<double> discount_;  // [num_layers + 1] by distance
+    std::vector<double> discount_;           // [num_layers + 1] by distance
+    std::vector<uint32_t> layer_of_;         // [pages]
+    std::vector<uint8_t> resident_;          // [pages]
+    mutable std::vector<PageIndex> lowest_;  // [layers], where known_
+    mutable std::vector<uint8_t> known_;     // [layers]
     bool streams_ = false;
 };
 

@@ -23,6 +23,7 @@ class PathMemory {
     struct Neighbour {
         uint32_t similarity;  // kUnit per shared expert
         uint32_t age;         // passes ago, >= 1
+        uint32_t slot;        // where it is stored
     };
     static constexpr uint32_t kUnit = 16;
     static constexpr uint32_t kFade = 51;  // of 256: 0.2 per pass; 0.1 to 0.3 are alike
@@ -56,6 +57,7 @@ class PathMemory {
     std::vector<uint64_t> bits_;        // [layers, words, capacity]
     std::vector<uint32_t> similarity_;  // [capacity] to the present pass
     std::vector<uint32_t> faded_;       // [capacity] scratch
+    std::vector<uint32_t> candidates_;  // [capacity] scratch
     std::vector<uint64_t> mask_;        // [words] scratch
     std::vector<Neighbour> nearest_;
 };

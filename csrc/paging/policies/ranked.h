@@ -58,6 +58,9 @@ class Ranked : public EvictionPolicy {
         return ahead > 0 ? ahead : ahead + num_layers_;
     }
 
+    uint64_t last_use(PageIndex page) const { return last_use_[page]; }
+    const std::vector<PageIndex>& residents() const { return residents_; }
+
     const int32_t num_layers_;
     const PageIndex stride_;
     int32_t layer_ = 0;  // of the present request
