@@ -6,6 +6,7 @@
 #   make test PYTHON=python3.12          another interpreter for .venv (default python3)
 #   make py-test PYTEST_ARGS="-k pager"  part of the tests
 #   make gpu PARTS="test roofs"          on a GPU machine: build in place, GPU tests, benchmarks
+#   make gpu TIME=400                    the same in less time after the build
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -65,13 +66,15 @@ bench: install
 	$(VENV)/bin/python bench/end_to_end.py
 
 # On a machine with a GPU, with the python3 that has torch for it: no network, no virtual
-# environment. PARTS chooses (see bench/gpu/run.py), RESULTS says where the JSON files go.
+# environment. PARTS chooses (see bench/gpu/run.py), TIME is the seconds for all of them, RESULTS
+# says where the JSON files go.
 PARTS ?=
+TIME ?= 540
 RESULTS ?= bench/results
 gpu: CMAKE_ARGS :=
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) bench/gpu/run.py $(PARTS) --results $(RESULTS)
+	$(PYTHON) bench/gpu/run.py $(PARTS) --seconds $(TIME) --results $(RESULTS)
 
 # Every kernel for every architecture: no spills, and the instructions each promises. No GPU needed.
 cuda-check: install

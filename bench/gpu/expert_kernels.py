@@ -238,20 +238,41 @@ def prepare(
     return {"error": error, "note": note}, work
 
 
-def run(budget_s: float) -> Iterator[Row]:
-    """Decode first, model by model; what does not fit the budget is listed, not forgotten."""
+def run_decode(budget_s: float) -> Iterator[Row]:
+    """Token by token count, so that a short run has something of every model."""
+    yield from run([(model, tokens, "plain", 0) for tokens in DECODE for model in MODELS], budget_s)
+
+
+def run_prefill(budget_s: float) -> Iterator[Row]:
+    yield from run(
+        [(model, tokens, "plain", 0) for tokens in PREFILL for model in MODELS], budget_s
+    )
+
+
+def run_quantised(budget_s: float) -> Iterator[Row]:
+    cases = [
+        (model, tokens, form, group)
+        for tokens in QUANTISED_TOKENS
+        for model, form, group in QUANTISED
+    ]
+    yield from run(cases, budget_s)
+
+
+def run(cases: list[tuple[str, int, str, int]], budget_s: float) -> Iterator[Row]:
+    """(model, tokens, format, group) each; what fails or does not fit the budget is a row too."""
     stop = time.perf_counter() + budget_s
     copy_rate, gemm_rate = roofs()
     yield {"case": "roofs", "gb_s": copy_rate / 1e9, "tflops": gemm_rate / 1e12}
-    for tokens in (*DECODE, *PREFILL):
-        cases = [(model, "plain", 0) for model in MODELS]
-        for model, form, group in cases + (list(QUANTISED) if tokens in QUANTISED_TOKENS else []):
-            if time.perf_counter() > stop:
-                name = case_name(model, tokens, form)
-                yield {"case": name, "note": "left out: the part's time is up"}
-                continue
+    for model, tokens, form, group in cases:
+        name = case_name(model, tokens, form)
+        if time.perf_counter() > stop:
+            yield {"case": name, "note": "left out: the part's time is up"}
+            continue
+        try:
             yield from measure(model, tokens, form, group, copy_rate, gemm_rate)
-            torch.cuda.empty_cache()
+        except Exception as error:  # one case must not cost the others
+            yield {"case": name, "note": f"failed: {type(error).__name__}: {str(error)[:200]}"}
+        torch.cuda.empty_cache()
 
 
 def case_name(model: str, tokens: int, form: str) -> str:

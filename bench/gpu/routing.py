@@ -25,6 +25,7 @@ COLUMNS = {
     "us_no_predictor": "us, no predictor",
     "us_torch": "us, torch",
     "floor_us": "floor us",
+    "note": "note",
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 COLD_BYTES = 256 << 20  # several times the L2 of any GPU
@@ -132,7 +133,11 @@ def run(budget_s: float) -> Iterator[Row]:
         for tokens in TOKENS:
             if time.monotonic() > deadline:
                 return
-            yield measure(model, tokens, bandwidth)
+            try:
+                yield measure(model, tokens, bandwidth)
+            except Exception as error:  # one case must not cost the others
+                failed = f"failed: {type(error).__name__}: {str(error)[:200]}"
+                yield {"case": model.name, "tokens": tokens, "note": failed}
 
 
 def measure(model: Model, tokens: int, bandwidth: float) -> Row:

@@ -2,14 +2,17 @@
 
     make gpu                        build for the present GPU, then all parts (under nine minutes)
     make gpu PARTS="test paging"    some of them
+    make gpu TIME=420               all of them, each with less time: for a machine lent by the call
     python3 bench/gpu/run.py --list
 
 A part is a module in this folder with a generator `run(budget_s)` that yields one dictionary per
 measured case, and `COLUMNS`, the keys to print and their headings. Each part runs in a process of
-its own: a crash or an overrun costs that part only, and the rows it had yielded are kept. Results
-go to `<results>/<gpu>/<part>.json` with the environment beside them.
+its own: a crash, a hang or an overrun costs that part only. What it measured is in
+`<results>/<gpu>/<part>.rows.jsonl` from the moment it was yielded, so that it outlives this command
+too; when the part ends, rows and environment become `<results>/<gpu>/<part>.json`. Benchmarks check
+what they time, so they run although a test failed; the exit code and the last lines say so.
 
-To add a part: write the module, add a line to PARTS, keep the sum of seconds under 540.
+To add a part: write the module, add a line to PARTS, keep the sum of seconds within 540.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,22 +39,31 @@ from harness import Row, environment, print_table, save  # noqa: E402
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the plan: `module` in this folder, and the seconds it may take."""
+    """One line of the plan: `module` in this folder, and the seconds it may take.
+
+    `function` is the module's generator; several let a module's cases fail apart from each other.
+    """
 
     name: str
     module: str
     seconds: int
     what: str
+    function: str = "run"
 
 
 PARTS = (
-    Part("test", "gpu_tests", 120, "the tests marked gpu; nothing is timed when one fails"),
-    Part("roofs", "copy_roofs", 30, "pinned copies idle and while computing, HBM, GEMM, pinning"),
-    Part("routing", "routing", 40, "routing, prediction and sorting in one launch, in a graph"),
-    Part("triton", "triton_experts", 45, "Triton expert kernels beside transformers' own"),
-    Part("expert_kernels", "expert_kernels", 110, "resident experts: ours, grouped_mm, batched_mm"),
-    Part("paging", "page_copies", 70, "rate by page size, demand latency, pre-emption, overlap"),
-    Part("end_to_end", "end_to_end_gpu", 120, "models at four budgets, and accelerate's offload"),
+    Part("test", "gpu_tests", 110, "the tests marked gpu"),
+    Part("roofs", "copy_roofs", 25, "pinned copies idle and while computing, HBM, GEMM, pinning"),
+    Part("decode", "expert_kernels", 50, "resident experts, few tokens, and peers", "run_decode"),
+    Part(
+        "prefill", "expert_kernels", 40, "resident experts, many tokens, and peers", "run_prefill"
+    ),
+    Part("quantised", "expert_kernels", 25, "resident quantised experts", "run_quantised"),
+    Part("routing", "routing", 35, "routing, prediction and sorting in one launch, in a graph"),
+    Part("triton", "triton_experts", 40, "Triton expert kernels, and peers"),
+    Part("paging", "page_copies", 65, "rate by page size, demand latency, pre-emption, overlap"),
+    Part("end_to_end", "end_to_end_gpu", 110, "models at four budgets, and accelerate's offload"),
+    Part("sanitizer", "sanitizer", 40, "memcheck and racecheck of small kernel tests"),
 )
 
 
@@ -64,31 +76,56 @@ def gpu_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def run_part(part: Part, results: Path) -> bool:
+def run_part(part: Part, seconds: float, results: Path) -> bool:
     """Run one part in its own process, print and save what it yielded; True when it finished."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows_file = Path(folder, "rows.jsonl")
-        command = [sys.executable, str(HERE / "run.py"), "--child", part.name, str(rows_file)]
-        start = time.perf_counter()
-        # A group of its own, so that an overrun also ends what the part itself started.
-        process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
-        try:
-            code = process.wait(timeout=part.seconds)
-            outcome = "finished" if code == 0 else f"failed with exit code {code}"
-        except subprocess.TimeoutExpired:
+    results.mkdir(parents=True, exist_ok=True)
+    rows_file = results / f"{part.name}.rows.jsonl"
+    rows_file.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / "run.py"), "--child", part.name, str(rows_file)]
+    start = time.perf_counter()
+    # A group of its own, so that an overrun also ends what the part itself started.
+    process = subprocess.Popen([*command, str(seconds)], cwd=REPOSITORY, start_new_session=True)
+    try:
+        code = process.wait(timeout=seconds)
+        outcome = "finished" if code == 0 else f"failed with exit code {code}"
+    except subprocess.TimeoutExpired:
+        outcome = f"stopped after its {seconds:.0f} s"
+    finally:  # also when this command itself is interrupted
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            outcome = f"stopped after its {part.seconds} s"
-        seconds = time.perf_counter() - start
-        rows = []
-        if rows_file.exists():
-            rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    columns = importlib.import_module(part.module).COLUMNS
-    print_table(rows, columns, f"{part.name}: {outcome}, {seconds:.0f} s")
-    record: Row = {"part": part.name, "outcome": outcome, "seconds": seconds, "rows": rows}
+    taken = time.perf_counter() - start
+    rows = read_rows(rows_file)
+    try:
+        columns = importlib.import_module(part.module).COLUMNS
+    except Exception as error:  # the part's own process has said it at length
+        columns, outcome = {}, f"cannot be imported: {type(error).__name__}: {error}"
+    print_table(rows, columns, f"{part.name}: {outcome}, {taken:.0f} s")
+    record: Row = {"part": part.name, "outcome": outcome, "seconds": taken, "rows": rows}
     path = save(part.name, {**record, "environment": gpu_environment()}, str(results))
-    print(f"  -> {path}")
+    rows_file.unlink(missing_ok=True)
+    print(f"  -> {path}", flush=True)
     return outcome == "finished"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows a part wrote; a line that it was killed in the middle of is left out."""
+    rows: list[Row] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def shares(parts: Sequence[Part], remaining: float) -> float:
+    """Seconds of the first part, when `remaining` are left for all: as planned, or less for each.
+
+    What a part leaves over goes to those after it.
+    """
+    planned = sum(part.seconds for part in parts)
+    return parts[0].seconds * min(1.0, remaining / planned)
 
 
 def gpu_environment() -> Row:
@@ -113,12 +150,12 @@ def gpu_environment() -> Row:
     }
 
 
-def run_child(name: str, rows_file: Path) -> None:
+def run_child(name: str, rows_file: Path, seconds: float) -> None:
     """In the part's own process: write each row as soon as there is one."""
     part = next(part for part in PARTS if part.name == name)
     module = importlib.import_module(part.module)
     with rows_file.open("w") as file:
-        for row in module.run(part.seconds - 5.0):
+        for row in getattr(module, part.function)(seconds - min(5.0, seconds / 4)):
             file.write(json.dumps(row) + "\n")
             file.flush()
 
@@ -129,11 +166,14 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)}")
     parser.add_argument("--list", action="store_true", help="list the parts and run nothing")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "bench" / "results")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=540.0, help="for all parts (540)")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        run_child(args.child[0], Path(args.child[1]))
+        run_child(args.child[0], Path(args.child[1]), float(args.child[2]))
         return 0
+    if not args.seconds > 0:
+        parser.error(f"--seconds: expected a positive number, got {args.seconds}")
     if unknown := set(args.parts) - set(names):
         parser.error(f"no part {sorted(unknown)[0]!r}; there are {', '.join(names)}")
     chosen = [part for part in PARTS if not args.parts or part.name in args.parts]
@@ -144,13 +184,11 @@ def main() -> int:
         )
         return 0
     results = args.results / gpu_name()
+    end = time.perf_counter() + args.seconds
     failed = []
-    for part in chosen:
-        if not run_part(part, results):
+    for index, part in enumerate(chosen):
+        if not run_part(part, shares(chosen[index:], end - time.perf_counter()), results):
             failed.append(part.name)
-            if part.name == "test":
-                print("\nbench/gpu: the GPU tests did not pass, so nothing is timed.")
-                break
     if failed:
         print(f"\nbench/gpu: {', '.join(failed)} did not finish; see above.")
     return 1 if failed else 0

@@ -30,6 +30,8 @@ COLUMNS = {
     "tflops": "TFLOP/s",
     "us_grouped_mm": "us, grouped_mm",
     "us_batched_mm": "us, batched_mm",
+    "us_liger": "us, liger",
+    "note": "note",
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 ROUTINGS = 4
@@ -68,24 +70,58 @@ def fp32_experts(x: Tensor, weights: dict[str, Tensor], ids: Tensor, topk: Tenso
     return out
 
 
+def make_weights(model: Model) -> dict[str, Tensor]:
+    shapes = {
+        "gate_up_proj": (model.experts, 2 * model.inner, model.hidden),
+        "down_proj": (model.experts, model.hidden, model.inner),
+    }
+    return {
+        name: torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(std=shape[2] ** -0.5)
+        for name, shape in shapes.items()
+    }
+
+
 def run(budget_s: float) -> Iterator[Row]:
     deadline = time.monotonic() + budget_s - 5
     bandwidth = copy_bandwidth()
     for model in MODELS:
-        shape = (model.experts, 2 * model.inner, model.hidden)
-        weights = {
-            "gate_up_proj": torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(),
-            "down_proj": torch.empty(
-                model.experts, model.hidden, model.inner, device="cuda", dtype=torch.bfloat16
-            ).normal_(),
-        }
-        weights["gate_up_proj"] *= model.hidden**-0.5
-        weights["down_proj"] *= model.inner**-0.5
+        weights = make_weights(model)
         for tokens in TOKENS:
             if time.monotonic() > deadline:
                 return
-            yield measure(model, tokens, weights, bandwidth)
+            try:
+                yield measure(model, tokens, weights, bandwidth)
+            except Exception as error:  # one case must not cost the others
+                failed = f"failed: {type(error).__name__}: {str(error)[:200]}"
+                yield {"case": model.name, "tokens": tokens, "note": failed}
         del weights
+    yield from liger(deadline)
+
+
+def liger(deadline: float) -> Iterator[Row]:
+    """liger-kernel's fused experts, last: it tries dozens of configurations for each new shape."""
+    try:
+        from liger_kernel.ops import LigerFusedMoEFunction
+    except ImportError as error:
+        yield {"case": "liger-kernel", "note": f"not measured: {error}"}
+        return
+    for model in MODELS:
+        weights = make_weights(model)
+        up, down = weights["gate_up_proj"], weights["down_proj"]
+        for tokens in (1, 8, 64, 4096):
+            if time.monotonic() > deadline:
+                return
+            hidden = torch.randn(tokens, model.hidden, device="cuda").bfloat16()
+            topk = torch.rand(tokens, model.top_k, device="cuda")
+            routings = [route(tokens, model, zipf=False).int() for _ in range(ROUTINGS)]
+
+            def call(ids: Tensor, hidden: Tensor = hidden, topk: Tensor = topk) -> Tensor:
+                out: Tensor = LigerFusedMoEFunction.apply(hidden, up, down, ids, topk)  # noqa: B023
+                return out
+
+            row: Row = {"case": model.name, "tokens": tokens}
+            row["us_liger"], row["how_liger"] = time_peer(call, routings)
+            yield row
 
 
 def measure(model: Model, tokens: int, weights: dict[str, Tensor], bandwidth: float) -> Row:
@@ -128,7 +164,11 @@ def measure(model: Model, tokens: int, weights: dict[str, Tensor], bandwidth: fl
         "tflops": flops / us / 1e6,
         "relative_error": error,
     }
-    for name, call in peers(model, weights, hidden, topk).items():
+    try:
+        others = peers(model, weights, hidden, topk)
+    except ImportError as error:
+        others, row["note"] = {}, f"no peers: {error}"
+    for name, call in others.items():
         if name == "batched_mm" and tokens > 8:
             continue  # it copies every chosen expert: 75 GB for 4096 tokens of Qwen3
         row[f"us_{name}"], row[f"how_{name}"] = time_peer(call, uniform)
@@ -158,12 +198,16 @@ def peers(
     }
 
 
-def time_peer(call: Callable[[Tensor], Tensor], routings: list[Tensor]) -> tuple[float, str]:
-    """Microseconds, and "graph" or why it ran eagerly."""
+def time_peer(call: Callable[[Tensor], Tensor], routings: list[Tensor]) -> tuple[float | None, str]:
+    """Microseconds and "graph", or why it ran eagerly, or None and why it did not run."""
     try:
         return graph_us(lambda i: call(routings[i % len(routings)]), 2 * len(routings)), "graph"
-    except RuntimeError as error:
+    except Exception as error:  # whatever a peer does, our own row stands
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    try:
         torch.cuda.synchronize()
         turn = iter(range(1 << 30))
         times = event_seconds(lambda: call(routings[next(turn) % len(routings)]), 20)  # type: ignore[arg-type]
-        return sorted(times)[10] * 1e6, f"eager: {str(error).splitlines()[0]}"
+    except Exception as error:
+        return None, f"failed: {type(error).__name__}: {str(error)[:200]}"
+    return sorted(times)[10] * 1e6, f"eager: {reason}"
