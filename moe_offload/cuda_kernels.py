@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +44,7 @@ def _import_error() -> str | None:
 
 
 def _native() -> Any:
-    return importlib.import_module("moe_offload._cuda")
+    return sys.modules.get("moe_offload._cuda") or importlib.import_module("moe_offload._cuda")
 
 
 def missing() -> str | None:
@@ -259,6 +260,41 @@ class CudaExperts:
         if num_experts <= 0:
             raise ValueError(f"CudaExperts: num_experts must be positive, got {num_experts}")
         self.shape, self.num_experts = shape, num_experts
+        self._choices: dict[tuple[int, int], tuple[bool, int, tuple[int, int, int]]] = {}
+        p = _native().ExpertParams()
+        p.hidden, p.inner_size = shape.hidden, shape.inner
+        p.dtype, p.activation = DTYPES[shape.dtype], ACTIVATIONS[shape.activation]
+        p.gated, p.interleaved = shape.gated, shape.interleaved
+        p.alpha, p.limit, p.offset = shape.alpha, shape.limit, shape.offset
+        p.set_pages(
+            slab=0,
+            slot_stride=0,
+            page_table=0,
+            slot_of=0,
+            up_offset=shape.up_offset,
+            down_offset=shape.down_offset,
+            up_bias_offset=shape.up_bias_offset,
+            down_bias_offset=shape.down_bias_offset,
+            up_scale_offset=shape.up_scale_offset,
+            down_scale_offset=shape.down_scale_offset,
+            format=FORMATS.index(shape.weight_format),
+            log2_group=max(shape.group_size.bit_length() - 1, 0),
+            transposed=shape.transposed,
+        )
+        self._params = p  # what is the same in every call
+
+    def choices(self, num_tokens: int, top_k: int) -> tuple[bool, int, tuple[int, int, int]]:
+        """Whether decode's kernels run, prefill's tile height, decode's variant: by sizes alone."""
+        if (found := self._choices.get((num_tokens, top_k))) is None:
+            native, shape = _native(), self.shape
+            sizes = (num_tokens, max(top_k, 1), self.num_experts)
+            format_code = FORMATS.index(shape.weight_format)
+            variant = native.choose_decode(
+                *(*sizes, shape.hidden, shape.inner, format_code), transposed=shape.transposed
+            )
+            found = native.use_decode(*sizes), native.choose_block_m(*sizes), variant
+            self._choices[num_tokens, top_k] = found
+        return found
 
     def begin(
         self,
@@ -268,6 +304,7 @@ class CudaExperts:
         row_of_route: Tensor,
         total_groups: Tensor | None = None,
         out: Tensor | None = None,
+        tickets: Tensor | None = None,
     ) -> ExpertCall:
         """Start one call of the layer; allocates scratch, launches nothing but a memset.
 
@@ -279,13 +316,17 @@ class CudaExperts:
             total_groups: int32 [1], number of groups of all `compute` calls together, read by the
                 device. None: one `compute` call brings all groups.
             out: [T, H] to write to, contiguous.
+            tickets: int32 [ceil(H / 32)] of zeros, scratch that is zero again when every group has
+                been computed; None: made here. Never for two calls at a time.
 
         Raises:
             TypeError, ValueError: a wrong dtype, shape, device or layout.
 
         Cost: scratch of T * A * (2 F + 4 H) bytes for few tokens, T * A * (2 F + 2 H) for many.
         """
-        return ExpertCall(self, x, topk_weights, route_of_row, row_of_route, total_groups, out)
+        return ExpertCall(
+            self, x, topk_weights, route_of_row, row_of_route, total_groups, out, tickets
+        )
 
 
 class ExpertCall:
@@ -300,6 +341,7 @@ class ExpertCall:
         row_of_route: Tensor,
         total_groups: Tensor | None,
         out: Tensor | None,
+        tickets: Tensor | None,
     ) -> None:
         shape = experts.shape
         check_tensor("x", x, (None, shape.hidden), shape.dtype, None)
@@ -316,38 +358,36 @@ class ExpertCall:
             out = torch.empty_like(x)
         check_tensor("out", out, (num_tokens, shape.hidden), shape.dtype, device)
 
-        native = _native()
-        sizes = (num_tokens, max(top_k, 1), experts.num_experts)
-        self.decode: bool = native.use_decode(*sizes)
-        self.block_m: int = native.choose_block_m(*sizes)
-        format_code = FORMATS.index(shape.weight_format)
-        self.variant = native.choose_decode(
-            *(*sizes, shape.hidden, shape.inner, format_code), transposed=shape.transposed
-        )
+        self.decode, self.block_m, self.variant = experts.choices(num_tokens, top_k)
         self._experts, self._out, self._launched = experts, out, False
-        hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        self._capability = _capability(device)
         # quantised and transposed pages: the sm_80 kernel
-        self._hopper = hopper and shape.weight_format == "plain" and not shape.transposed
+        plain = shape.weight_format == "plain" and not shape.transposed
+        self._hopper = plain and self._capability == (9, 0)
         inner = x.new_empty(routes, shape.inner)
         partial = x.new_empty(
             routes, shape.hidden, dtype=torch.float32 if self.decode else shape.dtype
         )
-        tickets = torch.zeros((shape.hidden + 31) // 32, dtype=torch.int32, device=device)
-        kept = (x, topk_weights, route_of_row, row_of_route, total_groups, inner, partial, tickets)
+        if tickets is None:
+            tickets = torch.zeros((shape.hidden + 31) // 32, dtype=torch.int32, device=device)
+        check_tensor("tickets", tickets, ((shape.hidden + 31) // 32,), torch.int32, device)
+        self.tickets = tickets
+        kept = (x, topk_weights, route_of_row, row_of_route, total_groups, inner, partial)
         self._kept: list[Any] = list(kept)
-
-        p = native.ExpertParams()
-        p.x, p.topk_weights = x.data_ptr(), topk_weights.data_ptr()
-        p.route_of_row, p.row_of_route = route_of_row.data_ptr(), row_of_route.data_ptr()
-        p.total_groups = 0 if total_groups is None else total_groups.data_ptr()
-        p.inner, p.partial = inner.data_ptr(), partial.data_ptr()
-        p.tickets, p.out = tickets.data_ptr(), out.data_ptr()
-        p.num_tokens, p.top_k = num_tokens, top_k
-        p.hidden, p.inner_size = shape.hidden, shape.inner
-        p.dtype, p.activation = DTYPES[shape.dtype], ACTIVATIONS[shape.activation]
-        p.gated, p.interleaved = shape.gated, shape.interleaved
-        p.alpha, p.limit, p.offset = shape.alpha, shape.limit, shape.offset
-        self._params = p
+        p = self._params = experts._params.copy()
+        p.set_call(
+            x.data_ptr(),
+            topk_weights.data_ptr(),
+            route_of_row.data_ptr(),
+            row_of_route.data_ptr(),
+            0 if total_groups is None else total_groups.data_ptr(),
+            inner.data_ptr(),
+            partial.data_ptr(),
+            tickets.data_ptr(),
+            out.data_ptr(),
+            num_tokens,
+            top_k,
+        )
 
     def compute(
         self,
@@ -397,8 +437,8 @@ class ExpertCall:
         native = _native()
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
-            if self.decode:
-                native.launch_decode(p, self.variant, self._dependent(), stream)
+            if self.decode:  # sm_90 and newer start the second launch while the first drains
+                native.launch_decode(p, self.variant, self._capability >= (9, 0), stream)
             elif self._hopper and isinstance(pages, SlabPages) and _built_for_hopper():
                 native.launch_prefill_sm90(p, pages.num_slots, self.block_m, stream)
             else:
@@ -406,21 +446,18 @@ class ExpertCall:
 
     def finish(self) -> Tensor:
         """[T, H], complete when the stream gets there; every group must have been computed."""
-        native = _native()
+        if self.decode and self._launched:
+            return self._out
         with torch.cuda.device(self._out.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            if not self.decode:
-                native.launch_combine(self._params, stream)
-            elif not self._launched:  # no expert has rows: zeros
+            if self.decode:  # no expert has rows: zeros
                 self._out.zero_()
+            else:
+                stream = torch.cuda.current_stream().cuda_stream
+                _native().launch_combine(self._params, stream)
         return self._out
 
-    def _dependent(self) -> bool:
-        """Whether the second launch may start while the first drains: sm_90 and newer."""
-        return torch.cuda.get_device_capability(self._out.device) >= (9, 0)
-
     def _set_pages(self, pages: Pages) -> None:
-        shape, device = self._experts.shape, self._out.device
+        device = self._out.device
         if pages.slot_of is not None:
             size = (self._experts.num_experts,)
             check_tensor("slot_of", pages.slot_of, size, torch.int32, device)
@@ -431,25 +468,16 @@ class ExpertCall:
                     "compute: the slab must start at a multiple of 256 bytes and slot_stride be a "
                     f"multiple of 16, got {pages.slab.data_ptr():#x} and {pages.slot_stride}"
                 )
-            where = {"slab": pages.slab.data_ptr(), "page_table": 0}
-            stride = pages.slot_stride
+            where = (pages.slab.data_ptr(), pages.slot_stride, 0)
         else:
             check_tensor("table", pages.table, (None,), torch.int64, device)
-            where, stride = {"slab": 0, "page_table": pages.table.data_ptr()}, 0
-        self._params.set_pages(
-            **where,
-            slot_stride=stride,
-            slot_of=0 if pages.slot_of is None else pages.slot_of.data_ptr(),
-            up_offset=shape.up_offset,
-            down_offset=shape.down_offset,
-            up_bias_offset=shape.up_bias_offset,
-            down_bias_offset=shape.down_bias_offset,
-            up_scale_offset=shape.up_scale_offset,
-            down_scale_offset=shape.down_scale_offset,
-            format=FORMATS.index(shape.weight_format),
-            log2_group=max(shape.group_size.bit_length() - 1, 0),
-            transposed=shape.transposed,
-        )
+            where = (0, 0, pages.table.data_ptr())
+        self._params.set_where(*where, 0 if pages.slot_of is None else pages.slot_of.data_ptr())
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache
@@ -467,9 +495,11 @@ def check_tensor(
     """Raise unless the tensor is contiguous, of this dtype and shape (None: any), on the device."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-    fits = tensor.dim() == len(shape) and all(
-        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
-    )
+    got = tensor.shape
+    fits = len(got) == len(shape)
+    if fits and got != shape:  # a loop: this is done for eight tensors in a call
+        for index, want in enumerate(shape):
+            fits = fits and want in (None, got[index])
     if not fits:
         text = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{text}], got {list(tensor.shape)}")

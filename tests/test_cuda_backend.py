@@ -224,6 +224,35 @@ def test_a_transformers_model_has_the_same_logits_at_every_budget(gpu: Any, fami
     assert float((logits[0] - own).norm() / own.norm()) < 0.02
 
 
+def test_a_call_that_was_given_up_leaves_nothing_to_the_next(kernels: Any) -> None:
+    """Scratch is kept from call to call, but not that of a call which did not come to its end."""
+    weights, hidden, ids, topk = make(Case("again", 6, 2, 4, 64, 32))
+    layer = ExpertForm.build("silu", True, False)
+    slab, stride, _ = find_slab(pack_experts(weights)) or pytest.fail("packed weights are a slab")
+    layout = PageLayout.build({n: (tuple(t.shape[1:]), t.dtype) for n, t in weights.items()})
+    bound = Cuda().bind(layer, layout, 4)
+    pages = SlabPages(slab, stride)
+
+    def whole() -> Tensor:
+        run = bound.start(hidden, ids, topk)
+        run.compute_pages(pages, list(enumerate(run.experts)))
+        return run.finish()
+
+    want = whole()
+    assert len(bound.tickets) == 1
+    assert not any(tensor.any() for tensor in bound.tickets.values())
+    assert torch.equal(whole(), want)
+    half = bound.start(hidden, ids, topk)
+    half.compute_pages(pages, [(0, half.experts[0])])
+    assert not bound.tickets
+    assert torch.equal(whole(), want)
+    first, second = (bound.start(hidden, ids, topk) for _ in range(2))  # two at a time
+    for run in (first, second):
+        run.compute_pages(pages, list(enumerate(run.experts)))
+    assert torch.equal(first.finish(), want)
+    assert torch.equal(second.finish(), want)
+
+
 # --- who is chosen -------------------------------------------------------------------------------
 
 

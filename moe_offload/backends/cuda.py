@@ -133,26 +133,35 @@ class BoundLayer:
 
     def __init__(self, experts: CudaExperts) -> None:
         self.kernels = experts
+        # By stream, each for one call at a time. They are zero between calls: making them anew
+        # would be a launch more in each.
+        self.tickets: dict[int, Tensor] = {}
 
     def start(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> CudaRun:
-        return CudaRun(self.kernels, hidden, topk_ids, topk_weights)
+        return CudaRun(self, hidden, topk_ids, topk_weights)
 
 
 class CudaRun:
     """One call of one layer: rows sorted by expert, experts computed in any portions."""
 
     def __init__(
-        self, kernels: CudaExperts, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
+        self, layer: BoundLayer, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> None:
+        kernels = layer.kernels
         self._dtype, self._device = hidden.dtype, hidden.device
         self._routes = SortedRoutes(topk_ids, kernels.num_experts)
         self.experts = self._routes.experts
+        self._layer, self._left = layer, len(self.experts)
+        self._stream: int = torch.cuda.current_stream(self._device).cuda_stream
+        # A call that does not come to its end keeps them: they may not be zero then.
+        tickets = layer.tickets.pop(self._stream, None)
         self._call = kernels.begin(
             _readable(hidden.to(kernels.shape.dtype)),
             topk_weights.float().contiguous(),
             self._routes.route_of_row,
             self._routes.row_of_route,
             total_groups=self._routes.num_active,
+            tickets=tickets,
         )
 
     def compute(self, pool: ExpertPool, ready: Sequence[tuple[int, int]]) -> None:
@@ -163,9 +172,13 @@ class CudaRun:
         """Launch the rows of these (index in experts, slot) on the current stream."""
         groups = [(*self._routes.ranges[index], slot) for index, slot in ready]
         self._call.compute(pages, to_device(groups, torch.int32, self._device))
+        self._left -= len(groups)
 
     def finish(self) -> Tensor:
-        return self._call.finish().to(self._dtype)
+        out = self._call.finish()
+        if self._left == 0:
+            self._layer.tickets[self._stream] = self._call.tickets
+        return out.to(self._dtype)
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -90,9 +90,30 @@ PYBIND11_MODULE(_cuda, m) {
             py::kw_only(), "slab"_a, "slot_stride"_a, "page_table"_a, "slot_of"_a, "up_offset"_a,
             "down_offset"_a, "up_bias_offset"_a, "down_bias_offset"_a, "up_scale_offset"_a = -1,
             "down_scale_offset"_a = -1, "format"_a = 0, "log2_group"_a = 0, "transposed"_a = false)
-        .def("set_slot_of",
-             [](ExpertParams& p, uintptr_t slot_of) {
+        // The two of every call, by position: a keyword argument costs as much as a field.
+        .def("set_where",
+             [](ExpertParams& p, uintptr_t slab, int64_t slot_stride, uintptr_t page_table,
+                uintptr_t slot_of) {
+                 p.pages.slab = reinterpret_cast<const unsigned char*>(slab);
+                 p.pages.slot_stride = slot_stride;
+                 p.pages.page_table = reinterpret_cast<const uint64_t*>(page_table);
                  p.pages.slot_of = reinterpret_cast<const int32_t*>(slot_of);
+             })
+        .def("set_call",
+             [](ExpertParams& p, uintptr_t x, uintptr_t topk_weights, uintptr_t route_of_row,
+                uintptr_t row_of_route, uintptr_t total_groups, uintptr_t inner, uintptr_t partial,
+                uintptr_t tickets, uintptr_t out, int num_tokens, int top_k) {
+                 p.x = reinterpret_cast<const void*>(x);
+                 p.topk_weights = reinterpret_cast<const float*>(topk_weights);
+                 p.route_of_row = reinterpret_cast<const int32_t*>(route_of_row);
+                 p.row_of_route = reinterpret_cast<const int32_t*>(row_of_route);
+                 p.total_groups = reinterpret_cast<const int32_t*>(total_groups);
+                 p.inner = reinterpret_cast<void*>(inner);
+                 p.partial = reinterpret_cast<void*>(partial);
+                 p.tickets = reinterpret_cast<int32_t*>(tickets);
+                 p.out = reinterpret_cast<void*>(out);
+                 p.num_tokens = num_tokens;
+                 p.top_k = top_k;
              })
         .def("copy", [](const ExpertParams& p) { return p; });
 
