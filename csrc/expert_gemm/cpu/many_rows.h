@@ -173,6 +173,8 @@ void gate_up_many(const GateUpArgs& a) {
                 from[i] = row(a.up, f + i);
             }
         }
+        // The last tile writes the padding of K too: zero weights meet it, and 0 * NaN is not 0.
+        const int64_t covered = f + features < a.inner ? features : h_k - f;
         const int64_t prefetch = f + ahead < a.end ? ahead * a.row_stride / kItem : 0;
         tile_rows<Tile>(from, a.hidden, prefetch, w, a.scratch);
         for_blocks<Tile>(a.rows, [&](int64_t first, int64_t, auto vectors) {
@@ -180,7 +182,7 @@ void gate_up_many(const GateUpArgs& a) {
             const auto* x = static_cast<const typename Op::X*>(a.x) + first * x_k;
             auto* h = static_cast<typename Op::X*>(a.h) + first * h_k;
             Tile::template run<MV>(x, w, a.hidden, first == 0 && !Op::kConvert ? prefetch : 0, c);
-            for (int64_t i = 0; i < features && f + i < h_k; i += 2) {
+            for (int64_t i = 0; i < covered; i += 2) {
                 typename L::V pair[2];
                 for (int v = 0; v < MV; ++v) {
                     for (int j = 0; j < 2; ++j) {
