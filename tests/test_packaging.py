@@ -80,7 +80,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     shutil.copytree(ROOT, work / "clean", symlinks=True, ignore=others)
     with tarfile.open(build("sdist", work / "clean", work / "sdist")) as archive:
         sdist_names = {name.partition("/")[2] for name in archive.getnames()}
-        archive.extractall(work / "unpacked", filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
+        archive.extractall(work / "unpacked", **safely)
     (source,) = (work / "unpacked").iterdir()
     unpacked = {}
     for kind in ("wheel", "editable"):

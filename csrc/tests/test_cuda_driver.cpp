@@ -74,7 +74,9 @@ void fences_order_streams_and_their_events_are_reused() {
         const uintptr_t stream = fake_cuda_create_stream();
         const auto handle = reinterpret_cast<cuda::Stream>(stream);
         std::vector<unsigned char> memory(64, 7);
-        fake_cuda_launch_reader(stream, reinterpret_cast<uintptr_t>(memory.data()), 64, 7, 3000);
+        // A third of a second: the stream is still busy below even where this thread waits its
+        // turn.
+        fake_cuda_launch_reader(stream, reinterpret_cast<uintptr_t>(memory.data()), 64, 7, 300000);
         FencePtr fence = events->record(handle);
         CHECK(!fence->passed());
         fake_cuda_synchronize_stream(stream);
