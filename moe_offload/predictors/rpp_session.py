@@ -2,7 +2,7 @@
 
 A decoder step is small: 0.45 M multiply-adds at the default shape. As torch modules it is some
 eighty calls of a few microseconds each, which costs more than the arithmetic; as numpy products it
-woke a BLAS's threads, which then spun on the cores that the model needed (csrc/predictors/dense.h).
+woke a BLAS's threads on the cores that the model needed (csrc/predictors/dense.h).
 Here the norms' scales are folded into the matrices behind them and csrc/predictors/rpp_step.cpp
 does the rest in the calling thread. The prompt is still encoded by the torch modules, once.
 """
