@@ -224,6 +224,26 @@ def test_large_enough_to_be_shared_by_threads_and_still_the_same_bits() -> None:
         check(inputs, expected)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_rows_of_an_expert_taken_in_parts_keep_their_bits(num_threads: int) -> None:
+    """Experts with 481, 962 and 1443 rows, against at most 37 rows at a time."""
+    whole = Inputs.make(Case("", 1443, 2, 3, 64, 48, bias=True), torch.bfloat16)
+    whole.ids[:962] = torch.tensor([0, 1])
+    whole.ids[962:] = torch.tensor([1, 2])
+    got = whole.native(num_threads=num_threads)
+    check(whole, got)
+    for begin in range(0, 1443, 37):  # at most 37 rows of an expert: one part, still many rows
+        part = slice(begin, begin + 37)
+        alone = Inputs(
+            Case("", 37, 2, 3, 64, 48, bias=True),
+            *(whole.hidden[part], whole.weights, whole.ids[part], whole.topk[part]),
+        )
+        out = alone.native()
+        few = (alone.ids[:, :, None] == torch.arange(3)).sum((0, 1)) <= 8
+        if not few[alone.ids.unique()].any():
+            assert torch.equal(out, got[part]), f"tokens from {begin} on"
+
+
 def test_a_tokens_bits_do_not_depend_on_other_tokens_of_few_row_experts() -> None:
     inputs = Inputs.make(Case("", 5, 2, 8, 96, 64), torch.bfloat16)
     together = inputs.native()

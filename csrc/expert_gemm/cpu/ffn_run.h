@@ -5,10 +5,14 @@
 //     run.compute(weights, {{index in run.experts(), slot}, ...});   as pages arrive
 //     run.finish(out);                                    sums in the order of the router's choices
 //
-// An expert's rows are always computed together, each element in an order of its own (kernels.h),
-// and rows meet only in finish(): so the output does not depend on portions, slots, arrival or the
-// number of threads, bit for bit. Inputs must stay valid until finish() returns. One thread at a
-// time uses a run.
+// compute() takes the experts in stages, and these through three phases (pack x, gate and up, down)
+// that overlap: one list of tasks, no barrier, and scratch for a few stages however many rows there
+// are.
+//
+// Whether an expert's rows are few is decided by all of them, each element has an order of its own
+// (kernels.h), and rows meet only in finish(): so the output does not depend on portions, slots,
+// arrival or the number of threads, bit for bit. Inputs must stay valid until finish() returns. One
+// thread at a time uses a run.
 #pragma once
 
 #include <cstdint>
@@ -33,23 +37,43 @@ class FfnRun {
     void finish(void* out);  // [T, H] in shape.dtype
 
   private:
-    struct Group {  // an expert whose rows are computed now
+    struct Group {  // an expert's rows, or a part of them
         int64_t first, rows;
         int64_t slot;
+        bool few;     // its expert has few rows
         size_t x, h;  // where its packed rows begin, bytes
     };
+    struct Stage {  // groups that go from phase to phase together
+        std::vector<Group> groups;
+        size_t nbytes = 0;  // of packed x and h
+    };
+    enum Phase : int32_t { kPack, kGateUp, kDown };
     struct Task {
         int32_t group;
-        int32_t begin, end;
+        int32_t begin, end;  // rows of x to pack, else weight rows
+        int32_t stage = 0;
+        Phase phase = kPack;
+    };
+    struct Reading {  // how the weights of a call are read
+        Reading(const Kernels& kernels, const FfnShape& shape, const FfnWeights& weights);
+        bool up_in_place, down_in_place;
+        bool alternating;
+        int64_t up_step, down_step;  // chunks of weight rows begin at multiples of them
     };
 
-    void compute_batch(const FfnWeights& weights, std::span<const Group> groups, size_t x_bytes,
-                       size_t h_bytes);
-    // Cuts `size` weight rows of every group into tasks of about equal time, at multiples of
-    // `step`.
-    std::vector<Task> cut(std::span<const Group> groups, int64_t size, int64_t row_bytes,
-                          int64_t step) const;
-    int threads_for(std::span<const Group> groups, int64_t row_bytes) const;
+    std::vector<Stage> divide(std::span<const std::pair<int32_t, int32_t>> ready) const;
+    void cut_rows(std::span<const Group> groups, std::vector<Task>& tasks) const;
+    // Cuts `size` weight rows of every group into tasks of about equal time; `cost` is that of the
+    // whole call.
+    void cut(std::span<const Group> groups, int64_t cost, int64_t size, int64_t row_bytes,
+             int64_t step, std::vector<Task>& tasks) const;
+
+    // Tasks (ffn_tasks.cpp); x and h of the stage are in `buffer`.
+    void pack(const Group& group, int64_t begin, int64_t end, std::byte* buffer) const;
+    void gate_up(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
+                 int64_t last, std::byte* buffer) const;
+    void down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
+              int64_t last, std::byte* buffer) const;
 
     FfnShape shape_;
     FfnInputs inputs_;

@@ -98,10 +98,9 @@ struct Kernels {
     void (*combine)(const std::byte* y, int64_t stride, const bool* use, int64_t top_k, int64_t n,
                     void* out);
 
-    // Bytes of x (K = H) or h (K = F) for one expert.
-    int64_t packed_bytes(int64_t rows, int64_t k) const {
-        return rows <= few_rows ? row_offset(rows, true, k)
-                                : row_offset((rows + lanes - 1) / lanes * lanes, false, k);
+    // Bytes of x (K = H) or h (K = F).
+    int64_t packed_bytes(int64_t rows, bool few, int64_t k) const {
+        return row_offset(few ? rows : (rows + lanes - 1) / lanes * lanes, few, k);
     }
     // Bytes before row `row` of them; for many rows the first of a block.
     int64_t row_offset(int64_t row, bool few, int64_t k) const {

@@ -1,0 +1,114 @@
+// The three kinds of task of FfnRun: pack rows of x, multiply by rows of gate and up, by rows of
+// down. Weights that cannot be read in place become rows here, panel by panel (panel.h).
+#include <algorithm>
+#include <memory>
+
+#include "expert_gemm/cpu/ffn_run.h"
+#include "expert_gemm/cpu/panel.h"
+
+namespace moe_offload {
+namespace {
+
+// Uninitialised: only conversion of 16-bit weights on other paths than bf16's uses it.
+std::unique_ptr<std::byte[]> make_scratch(const Kernels& kernels, const FfnShape& shape) {
+    const size_t nbytes = kernels.scratch_bytes(std::max(shape.hidden, shape.inner));
+    return nbytes ? std::make_unique_for_overwrite<std::byte[]>(nbytes) : nullptr;
+}
+
+}  // namespace
+
+FfnRun::Reading::Reading(const Kernels& k, const FfnShape& shape, const FfnWeights& weights) {
+    const auto item = static_cast<int64_t>(item_size(shape.dtype));
+    up_in_place = !needs_panel(weights.up, weights.format, item);
+    down_in_place = !needs_panel(weights.down, weights.format, item);
+    alternating = is_alternating(weights, shape.hidden, item);
+    // A panel has the features of whole tiles, and 64 bytes of a transposed matrix at least.
+    up_step = up_in_place ? k.row_step : std::max(k.row_step, kPanelRows / (alternating ? 2 : 1));
+    down_step = down_in_place ? k.row_step : std::max(k.row_step, kPanelRows);
+}
+
+void FfnRun::pack(const Group& group, int64_t begin, int64_t end, std::byte* buffer) const {
+    const int64_t* tokens = tokens_.data() + group.first + begin;
+    std::byte* to = buffer + group.x + kernels_.row_offset(begin, group.few, shape_.hidden);
+    (group.few ? kernels_.pack_few : kernels_.pack_block)(inputs_.hidden, tokens, end - begin,
+                                                          shape_.hidden, to);
+}
+
+void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group& group,
+                     int64_t first, int64_t last, std::byte* buffer) const {
+    const Kernels& k = kernels_;
+    const auto item = static_cast<int64_t>(item_size(shape_.dtype));
+    const bool gated = shape_.activation.gated;
+    const auto scratch = make_scratch(k, shape_);
+    GateUpArgs a{};
+    a.x = buffer + group.x;
+    a.rows = group.rows;
+    a.hidden = shape_.hidden;
+    a.inner = shape_.inner;
+    a.gate = weights.gate.slot(group.slot);
+    a.up = weights.up.slot(group.slot);
+    a.row_stride = weights.up.row_stride;
+    a.in_cache = !how.up_in_place;
+    a.gate_bias = weights.gate_bias.slot(group.slot);
+    a.up_bias = weights.up_bias.slot(group.slot);
+    a.bias_stride = weights.up_bias.row_stride;
+    a.activation = shape_.activation;
+    a.begin = first;
+    a.end = last;
+    a.h = buffer + group.h;
+    a.scratch = scratch.get();
+    const auto multiply = group.few ? k.gate_up_few : k.gate_up_many;
+    if (how.up_in_place) return multiply(a);
+    const Panel panel(k, weights.format, 2 * how.up_step, shape_.hidden, item);
+    a.row_stride = (how.alternating ? 2 : 1) * panel.stride;
+    for (int64_t begin = first; begin < last; begin += how.up_step) {
+        const int64_t end = std::min<int64_t>(last, begin + how.up_step);
+        const bool next = end < last;
+        if (how.alternating) {
+            a.gate = panel.take(weights.gate, group.slot, 2 * begin, 2 * end, next, 0);
+            a.up = a.gate + panel.stride;
+        } else {
+            a.up = panel.take(weights.up, group.slot, begin, end, next, 0);
+            if (gated) a.gate = panel.take(weights.gate, group.slot, begin, end, next, how.up_step);
+        }
+        a.begin = begin;
+        a.end = end;
+        multiply(a);
+    }
+}
+
+void FfnRun::down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
+                  int64_t last, std::byte* buffer) const {
+    const Kernels& k = kernels_;
+    const auto item = static_cast<int64_t>(item_size(shape_.dtype));
+    const auto scratch = make_scratch(k, shape_);
+    DownArgs a{};
+    a.h = buffer + group.h;
+    a.rows = group.rows;
+    a.hidden = shape_.hidden;
+    a.inner = shape_.inner;
+    a.down = weights.down.slot(group.slot);
+    a.row_stride = weights.down.row_stride;
+    a.in_cache = !how.down_in_place;
+    a.bias = weights.down_bias.slot(group.slot);
+    a.bias_stride = weights.down_bias.row_stride;
+    a.begin = first;
+    a.end = last;
+    a.row_weights = row_weights_.data() + group.first;
+    a.row_ids = row_ids_.data() + group.first;
+    a.y = y_.data();
+    a.scratch = scratch.get();
+    const auto multiply = group.few ? k.down_few : k.down_many;
+    if (how.down_in_place) return multiply(a);
+    const Panel panel(k, weights.format, how.down_step, shape_.inner, item);
+    a.row_stride = panel.stride;
+    for (int64_t begin = first; begin < last; begin += how.down_step) {
+        const int64_t end = std::min<int64_t>(last, begin + how.down_step);
+        a.down = panel.take(weights.down, group.slot, begin, end, end < last, 0);
+        a.begin = begin;
+        a.end = end;
+        multiply(a);
+    }
+}
+
+}  // namespace moe_offload
