@@ -15,6 +15,15 @@ std::unique_ptr<std::byte[]> make_scratch(const Kernels& kernels, const FfnShape
     return nbytes ? std::make_unique_for_overwrite<std::byte[]>(nbytes) : nullptr;
 }
 
+// take(begin, end, next) for one panel after the other; `next`: as many rows are behind it.
+template <class F>
+void in_panels(int64_t first, int64_t last, int64_t step, F&& take) {
+    for (int64_t begin = first; begin < last; begin += step) {
+        const int64_t end = std::min(last, begin + step);
+        take(begin, end, end < last);
+    }
+}
+
 }  // namespace
 
 FfnRun::Reading::Reading(const Kernels& k, const FfnShape& shape, const FfnWeights& weights) {
@@ -34,81 +43,76 @@ void FfnRun::pack(const Group& group, int64_t begin, int64_t end, std::byte* buf
                                                           shape_.hidden, to);
 }
 
-void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group& group,
-                     int64_t first, int64_t last, std::byte* buffer) const {
-    const Kernels& k = kernels_;
-    const auto item = static_cast<int64_t>(item_size(shape_.dtype));
-    const bool gated = shape_.activation.gated;
-    const auto scratch = make_scratch(k, shape_);
-    GateUpArgs a{};
-    a.x = buffer + group.x;
+void FfnRun::set(ProductArgs& a, const Group& group, const WeightView& matrix,
+                 const WeightView& bias, bool in_place, int64_t begin, int64_t end) const {
     a.rows = group.rows;
     a.hidden = shape_.hidden;
     a.inner = shape_.inner;
+    a.row_stride = matrix.row_stride;
+    a.in_cache = !in_place;
+    a.bias_stride = bias.row_stride;
+    a.begin = begin;
+    a.end = end;
+}
+
+void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group& group,
+                     int64_t first, int64_t last, std::byte* buffer) const {
+    const Kernels& k = kernels_;
+    const auto scratch = make_scratch(k, shape_);
+    GateUpArgs a{};
+    set(a, group, weights.up, weights.up_bias, how.up_in_place, first, last);
+    a.scratch = scratch.get();
+    a.x = buffer + group.x;
     a.gate = weights.gate.slot(group.slot);
     a.up = weights.up.slot(group.slot);
-    a.row_stride = weights.up.row_stride;
-    a.in_cache = !how.up_in_place;
     a.gate_bias = weights.gate_bias.slot(group.slot);
     a.up_bias = weights.up_bias.slot(group.slot);
-    a.bias_stride = weights.up_bias.row_stride;
     a.activation = shape_.activation;
-    a.begin = first;
-    a.end = last;
     a.h = buffer + group.h;
-    a.scratch = scratch.get();
     const auto multiply = group.few ? k.gate_up_few : k.gate_up_many;
     if (how.up_in_place) return multiply(a);
-    const Panel panel(k, weights.format, 2 * how.up_step, shape_.hidden, item);
+    const Panel panel(k, weights.format, 2 * how.up_step, shape_.hidden,
+                      static_cast<int64_t>(item_size(shape_.dtype)));
     a.row_stride = (how.alternating ? 2 : 1) * panel.stride;
-    for (int64_t begin = first; begin < last; begin += how.up_step) {
-        const int64_t end = std::min<int64_t>(last, begin + how.up_step);
-        const bool next = end < last;
+    in_panels(first, last, how.up_step, [&](int64_t begin, int64_t end, bool next) {
         if (how.alternating) {
             a.gate = panel.take(weights.gate, group.slot, 2 * begin, 2 * end, next, 0);
             a.up = a.gate + panel.stride;
         } else {
             a.up = panel.take(weights.up, group.slot, begin, end, next, 0);
-            if (gated) a.gate = panel.take(weights.gate, group.slot, begin, end, next, how.up_step);
+            if (shape_.activation.gated)
+                a.gate = panel.take(weights.gate, group.slot, begin, end, next, how.up_step);
         }
         a.begin = begin;
         a.end = end;
         multiply(a);
-    }
+    });
 }
 
 void FfnRun::down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
                   int64_t last, std::byte* buffer) const {
     const Kernels& k = kernels_;
-    const auto item = static_cast<int64_t>(item_size(shape_.dtype));
     const auto scratch = make_scratch(k, shape_);
     DownArgs a{};
+    set(a, group, weights.down, weights.down_bias, how.down_in_place, first, last);
+    a.scratch = scratch.get();
     a.h = buffer + group.h;
-    a.rows = group.rows;
-    a.hidden = shape_.hidden;
-    a.inner = shape_.inner;
     a.down = weights.down.slot(group.slot);
-    a.row_stride = weights.down.row_stride;
-    a.in_cache = !how.down_in_place;
     a.bias = weights.down_bias.slot(group.slot);
-    a.bias_stride = weights.down_bias.row_stride;
-    a.begin = first;
-    a.end = last;
     a.row_weights = row_weights_.data() + group.first;
     a.row_ids = row_ids_.data() + group.first;
     a.y = y_.data();
-    a.scratch = scratch.get();
     const auto multiply = group.few ? k.down_few : k.down_many;
     if (how.down_in_place) return multiply(a);
-    const Panel panel(k, weights.format, how.down_step, shape_.inner, item);
+    const Panel panel(k, weights.format, how.down_step, shape_.inner,
+                      static_cast<int64_t>(item_size(shape_.dtype)));
     a.row_stride = panel.stride;
-    for (int64_t begin = first; begin < last; begin += how.down_step) {
-        const int64_t end = std::min<int64_t>(last, begin + how.down_step);
-        a.down = panel.take(weights.down, group.slot, begin, end, end < last, 0);
+    in_panels(first, last, how.down_step, [&](int64_t begin, int64_t end, bool next) {
+        a.down = panel.take(weights.down, group.slot, begin, end, next, 0);
         a.begin = begin;
         a.end = end;
         multiply(a);
-    }
+    });
 }
 
 }  // namespace moe_offload

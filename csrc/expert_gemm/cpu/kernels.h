@@ -25,38 +25,33 @@
 
 namespace moe_offload {
 
-struct GateUpArgs {
-    const void* x;  // [rows, H] in the layout above
+struct ProductArgs {  // of both products
     int64_t rows;
-    int64_t hidden;         // H
-    int64_t inner;          // F
-    const std::byte* gate;  // rows of H elements, null without a gate
-    const std::byte* up;
-    int64_t row_stride;          // bytes, of gate and up
-    bool in_cache;               // they were just written there (panel.h)
-    const std::byte* gate_bias;  // null or one element per row
-    const std::byte* up_bias;
-    int64_t bias_stride;  // bytes
-    ActivationSpec activation;
-    int64_t begin, end;  // rows f of gate/up to compute; begin is a multiple of Kernels::row_step
-    void* h;             // [rows, F] out, in the layout above
-    std::byte* scratch;  // Kernels::scratch_bytes(max(H, F))
+    int64_t hidden, inner;  // H, F
+    int64_t row_stride;     // bytes from weight row to weight row
+    bool in_cache;          // the weights were just written there (panel.h)
+    int64_t bias_stride;    // bytes
+    int64_t begin, end;     // weight rows to multiply by
+    std::byte* scratch;     // Kernels::scratch_bytes(max(H, F))
 };
 
-struct DownArgs {
-    const void* h;  // [rows, F] in the layout above
-    int64_t rows;
-    int64_t hidden, inner;
-    const std::byte* down;  // rows of F elements
-    int64_t row_stride;
-    bool in_cache;
-    const std::byte* bias;  // null or [H]
-    int64_t bias_stride;
-    int64_t begin, end;        // columns of y to compute
-    const float* row_weights;  // [rows] routing weights
-    const int64_t* row_ids;    // [rows] row of y
-    std::byte* y;              // [R, H] in the weights' dtype
-    std::byte* scratch;
+struct GateUpArgs : ProductArgs {  // begin is a multiple of Kernels::row_step
+    const void* x;                 // [rows, H] in the layout above
+    const std::byte* gate;         // rows of H elements, null without a gate
+    const std::byte* up;
+    const std::byte* gate_bias;  // null or one element per row
+    const std::byte* up_bias;
+    ActivationSpec activation;
+    void* h;  // [rows, F] out, in the layout above
+};
+
+struct DownArgs : ProductArgs {  // weight rows are columns of y
+    const void* h;               // [rows, F] in the layout above
+    const std::byte* down;       // rows of F elements
+    const std::byte* bias;       // null or [H]
+    const float* row_weights;    // [rows] routing weights
+    const int64_t* row_ids;      // [rows] row of y
+    std::byte* y;                // [R, H] in the weights' dtype
 };
 
 struct DequantiseArgs {

@@ -23,7 +23,7 @@ inline bool is_transposed(const WeightView& view, WeightFormat format, int64_t i
 
 // Must this matrix go through panels?
 inline bool needs_panel(const WeightView& view, WeightFormat format, int64_t item) {
-    return format != WeightFormat::kPlain || view.k_stride != item;
+    return format != WeightFormat::kPlain || is_transposed(view, format, item);
 }
 
 // Do gate and up take turns in one matrix, so that a panel holds both?
