@@ -3,6 +3,8 @@
 // under contention. The Python tests go wider; this program is what the sanitizers run.
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -207,6 +209,50 @@ void bits_do_not_depend_on_portions_or_threads() {
     }
 }
 
+// Kernels one of whose phases now and then takes a thousand times as long, so that other threads
+// run ahead until they have to wait for it.
+struct Dawdling {
+    static inline const Kernels* base;
+    static inline std::atomic<int> calls;
+
+    static void dawdle() {
+        if (calls++ % 3 == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+    static Kernels in_phase(int phase) {
+        Kernels slow = *base;
+        if (phase == 0)
+            slow.pack_block = [](const void* hidden, const int64_t* tokens, int64_t rows, int64_t k,
+                                 void* x) {
+                dawdle();
+                base->pack_block(hidden, tokens, rows, k, x);
+            };
+        if (phase == 1)
+            slow.gate_up_many = [](const GateUpArgs& a) {
+                dawdle();
+                base->gate_up_many(a);
+            };
+        if (phase == 2)
+            slow.down_many = [](const DownArgs& a) {
+                dawdle();
+                base->down_many(a);
+            };
+        return slow;
+    }
+};
+
+void every_phase_waits_for_the_one_before() {
+    // About 500 rows per expert, so two parts, and more stages than exist at a time.
+    const Problem problem(Dtype::kBF16, 1000, 2, 3, 64, 48);
+    Dawdling::base = best_kernels(Dtype::kBF16);
+    const std::vector<std::byte> want = problem.run(*Dawdling::base, 1, 0);
+    for (int phase = 0; phase < 3; ++phase) {
+        Dawdling::calls = 0;
+        const Kernels kernels = Dawdling::in_phase(phase);
+        CHECK(problem.run(kernels, 4, 0) == want);
+        CHECK(Dawdling::calls > 3);
+    }
+}
+
 void callers_at_the_same_time_get_their_own_results() {
     const Problem problem(Dtype::kBF16, 40, 2, 6, 256, 192);
     const Kernels& kernels = *best_kernels(Dtype::kBF16);
@@ -296,6 +342,7 @@ void the_emulated_tile_product_is_the_documented_one() {
 int main() {
     RUN(every_instruction_set_is_right);
     RUN(bits_do_not_depend_on_portions_or_threads);
+    RUN(every_phase_waits_for_the_one_before);
     RUN(callers_at_the_same_time_get_their_own_results);
     RUN(every_task_runs_once);
     RUN(sleeping_threads_wake_and_a_pool_ends_at_once);
