@@ -80,6 +80,10 @@ std::optional<CopyQueue::Step> CopyQueue::take() {
     return step;
 }
 
+void CopyQueue::arrived(Step& step) {
+    if (std::exchange(step.prefetch, false)) --prefetch_in_flight_;
+}
+
 std::function<void()> CopyQueue::finish(const Step& step, std::exception_ptr error,
                                         uint64_t disk_bytes) {
     CopyJob& job = *step.job;

@@ -25,7 +25,7 @@ class CopyQueue {
         const Chunk* chunk = nullptr;
         std::exception_ptr error;
         int64_t delay_us = 0;   // chaos: wait before copying
-        bool prefetch = false;  // counts against max_prefetch_chunks until finished
+        bool prefetch = false;  // counts against max_prefetch_chunks until arrived or finished
     };
 
     CopyQueue(std::shared_ptr<const PageSource> source, size_t chunk_bytes,
@@ -40,6 +40,8 @@ class CopyQueue {
     // The next chunk; nullopt when nothing may start now.
     std::optional<Step> take();
     bool ready() const;  // take() would give one
+    // The step's read has ended, so no demand waits for it; finish follows.
+    void arrived(Step& step);
     // Books a step that ended. Returns the job's report when it was the last one: the caller runs
     // it with no lock held.
     std::function<void()> finish(const Step& step, std::exception_ptr error, uint64_t disk_bytes);

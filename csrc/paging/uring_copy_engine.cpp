@@ -5,6 +5,7 @@
 #include <unistd.h>
 #include <algorithm>
 #include <cerrno>
+#include <deque>
 #include <system_error>
 #include <utility>
 
@@ -13,6 +14,11 @@ namespace {
 
 constexpr uint64_t kWakeUp = ~uint64_t{0};  // user data: not a flight but the event descriptor
 constexpr uint64_t kDelay = kWakeUp - 1;    // a chaos delay ran out; its read follows
+
+// Bounce buffers beyond the reads in flight: the next reads start before what has arrived is copied
+// to its slot. On the virtual disk this was measured on, reads in flight end together, so without
+// spare buffers it has nothing to do during the copies. Four were no better than two.
+constexpr size_t kSpareBuffers = 2;
 
 [[noreturn]] void fail(int error, const char* what) {
     throw std::system_error(error, std::generic_category(), what);
@@ -32,11 +38,13 @@ bool has_operations(io_uring* ring) {
 }  // namespace
 
 struct UringCopyEngine::Ring {
-    // A read in flight, with the part of the bounce memory that is its own.
+    // A read, from its start until its bytes are in the slot, with its own part of the bounce
+    // memory.
     struct Flight {
         CopyQueue::Step step;
         FileRead read;
         uint64_t got = 0;
+        int answer = 0;  // of the read's last part
         __kernel_timespec delay{};
     };
 
@@ -44,8 +52,9 @@ struct UringCopyEngine::Ring {
         : source(std::move(files)),
           // A chunk ends on a multiple of chunk_bytes, so the blocks around it are no more than it.
           bounce_bytes(chunk_bytes),
-          bounce(static_cast<size_t>(queue_depth) * chunk_bytes),
-          flights(static_cast<size_t>(queue_depth)) {
+          depth(static_cast<size_t>(queue_depth)),
+          flights(depth + kSpareBuffers),
+          bounce(flights.size() * chunk_bytes) {
         for (size_t i = flights.size(); i > 0; --i) idle.push_back(i - 1);
         // For each read a delay before it, and the wake-up.
         const int error = io_uring_queue_init(2 * unsigned(queue_depth) + 1, &ring, 0);
@@ -93,9 +102,12 @@ struct UringCopyEngine::Ring {
 
     const std::shared_ptr<const FileSource> source;
     const size_t bounce_bytes;
-    const HugeRegion bounce;
+    const size_t depth;
     std::vector<Flight> flights;
+    const HugeRegion bounce;
     std::vector<size_t> idle;
+    size_t in_flight = 0;        // reads that the kernel has
+    std::deque<size_t> arrived;  // reads that ended; their bytes are still to be copied
     io_uring ring;
     int event = -1;
     uint64_t event_value = 0;
@@ -168,7 +180,7 @@ void UringCopyEngine::work() {
         }
     };
     while (true) {
-        while (!stopping_ && !ring.idle.empty()) {
+        while (!stopping_ && ring.in_flight < ring.depth && !ring.idle.empty()) {
             auto step = queue_.take();
             if (!step) break;
             if (step->chunk == nullptr) {
@@ -179,28 +191,49 @@ void UringCopyEngine::work() {
             ring.idle.pop_back();
             std::byte* bounce = ring.bounce.data() + number * ring.bounce_bytes;
             FileRead read = ring.source->plan(*step->chunk, step->job->slot, bounce);
-            ring.flights[number] = {std::move(*step), std::move(read), 0, {}};
+            ring.flights[number] = {std::move(*step), std::move(read), 0, 0, {}};
             ring.start(number);
+            ++ring.in_flight;
         }
         if (stopping_ && ring.idle.size() == ring.flights.size()) return;
+        if (!ring.arrived.empty()) {
+            const size_t number = ring.arrived.front();
+            ring.arrived.pop_front();
+            lock.unlock();
+            io_uring_submit(&ring.ring);  // the disk works while this thread copies
+            Ring::Flight& flight = ring.flights[number];
+            std::exception_ptr error;
+            uint64_t disk_bytes = 0;
+            try {
+                if (flight.answer <= 0)
+                    throw ring.source->failure(*flight.step.chunk, flight.read, flight.answer);
+                disk_bytes = ring.source->finish(*flight.step.chunk, flight.read);
+            } catch (...) {
+                error = std::current_exception();
+            }
+            const CopyQueue::Step step = std::exchange(flight.step, {});
+            lock.lock();
+            ring.idle.push_back(number);
+            finish(step, error, disk_bytes);
+            continue;
+        }
         sleeping_ = true;
         lock.unlock();
 
         // Waits for a read to end, or for submit, promote and stop to write the event descriptor.
         // Everything started above goes to the kernel in the same call.
         io_uring_submit_and_wait(&ring.ring, 1);
+        lock.lock();
+        sleeping_ = false;
         io_uring_cqe* entry = nullptr;
-        std::vector<std::pair<uint64_t, int>> ended;
         while (io_uring_peek_cqe(&ring.ring, &entry) == 0) {
-            ended.emplace_back(entry->user_data, entry->res);
+            const uint64_t number = entry->user_data;
+            const int answer = entry->res;
             io_uring_cqe_seen(&ring.ring, entry);
-        }
-        for (const auto& [number, answer] : ended) {
             if (number == kWakeUp) ring.listen();
             if (number == kWakeUp || number == kDelay) continue;
             Ring::Flight& flight = ring.flights[number];
-            std::exception_ptr error;
-            uint64_t disk_bytes = 0;
+            flight.answer = answer;
             if (answer > 0) {
                 flight.got += static_cast<uint64_t>(answer);
                 flight.read.advance(static_cast<uint64_t>(answer));
@@ -210,21 +243,10 @@ void UringCopyEngine::work() {
                 ring.start(number);  // the rest of a short read
                 continue;
             }
-            try {
-                if (answer <= 0)
-                    throw ring.source->failure(*flight.step.chunk, flight.read, answer);
-                disk_bytes = ring.source->finish(*flight.step.chunk, flight.read);
-            } catch (...) {
-                error = std::current_exception();
-            }
-            const CopyQueue::Step step = std::exchange(flight.step, {});
-            lock.lock();
-            ring.idle.push_back(number);
-            finish(step, error, disk_bytes);
-            lock.unlock();
+            --ring.in_flight;
+            queue_.arrived(flight.step);
+            ring.arrived.push_back(number);
         }
-        lock.lock();
-        sleeping_ = false;
     }
 }
 

@@ -1,9 +1,10 @@
 // File to slot through io_uring: one thread that keeps many reads in flight.
 //
 // The thread pool needs a thread per read in flight, and each read wakes one; here the thread of
-// the ring starts reads, sleeps until some have ended, and moves bounced bytes into the slot. What
-// was queued together is submitted by one system call. Built when liburing was found, and only for
-// files: memory and callbacks have nothing to wait for and stay with the thread pool.
+// the ring starts reads, sleeps until some have ended, starts the next and only then moves bounced
+// bytes into the slot, so that the disk does not wait for copies. What was queued together is
+// submitted by one system call. Built when liburing was found, and only for files: memory and
+// callbacks have nothing to wait for and stay with the thread pool.
 //
 // Depth is for demands; prefetches keep kPrefetchDepth reads in flight. Those cannot be taken back,
 // so they are what a demand has to wait for, and two reads of 1 MiB in huge pages already run the

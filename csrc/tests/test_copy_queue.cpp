@@ -61,6 +61,21 @@ void prefetches_leave_room_for_demands() {
     CHECK_EQ(q.take()->job->expert, 2);
 }
 
+void a_read_that_has_arrived_makes_room_for_the_next_prefetch() {
+    CopyQueue q = queue(3, 1);
+    q.push(job(1, Priority::kPrefetch));
+    auto a = q.take();
+    CHECK(!q.ready());
+    q.arrived(*a);  // its bytes are still to be copied
+    const auto b = q.take();
+    CHECK(a && b);
+    CHECK(q.finish(*a, nullptr, 0) == nullptr);
+    CHECK(!q.ready());  // counted once: the second read is in flight
+    CHECK(q.finish(*b, nullptr, 0) == nullptr);
+    const auto c = q.take();
+    CHECK(c && q.finish(*c, nullptr, 0) != nullptr);
+}
+
 void a_promoted_prefetch_is_a_demand() {
     CopyQueue q = queue(2, 1);
     const auto p1 = job(1, Priority::kPrefetch), p2 = job(2, Priority::kPrefetch);
@@ -147,6 +162,7 @@ void chaos_reorders_delays_and_fails() {
 int main() {
     RUN(a_demand_goes_between_the_chunks_of_a_prefetch);
     RUN(prefetches_leave_room_for_demands);
+    RUN(a_read_that_has_arrived_makes_room_for_the_next_prefetch);
     RUN(a_promoted_prefetch_is_a_demand);
     RUN(cancelling);
     RUN(the_first_error_ends_a_job);
