@@ -11,6 +11,13 @@ SIMT_FUNCTION int block_y() { return int(blockIdx.y); }
 SIMT_FUNCTION int grid_x() { return int(gridDim.x); }
 SIMT_FUNCTION int grid_y() { return int(gridDim.y); }
 
+// The same number, as one the compiler knows nothing of: what is computed from it a second time is
+// computed, not kept in registers since the first.
+SIMT_FUNCTION int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 SIMT_FUNCTION void block_sync() { __syncthreads(); }
 SIMT_FUNCTION void warp_sync() { __syncwarp(); }
 

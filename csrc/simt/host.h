@@ -35,6 +35,7 @@ int block_x();
 int block_y();
 int grid_x();
 int grid_y();
+inline int opaque(int value) { return value; }
 
 void block_sync();
 

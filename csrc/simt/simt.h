@@ -10,7 +10,7 @@
 //              shuffle shuffle_xor ballot match_any | mma ldmatrix_x4 | cp_async cp_async_commit
 //              cp_async_wait | load16 load8 load4 load2 load1 store16 store8 store4 | fma2
 //              byte_permute | atomic_add thread_fence fast_exp reciprocal wait_for_previous_kernel
-//              let_next_kernel_start
+//              let_next_kernel_start opaque
 //
 // What emulation cannot show: speed, and races between blocks beyond their order (blocks run one
 // after another, in any order asked for). No kernel here waits for another block.

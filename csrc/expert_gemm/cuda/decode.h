@@ -62,15 +62,14 @@ SIMT_FUNCTION void decode_up(const ExpertParams& p, int num_warps, unsigned char
     const WeightMatrix matrix = WeightMatrix::make(p, page, false);
     float* shared = reinterpret_cast<float*>(raw_shared);
 
-    const Tile tile = Tile::make(p, false, simt::block_x());
-    const GateUpRows gate_up = GateUpRows::make(p.inner_size, p.interleaved);
-    const ActivationForm form = activation_form(p);
     const int g = simt::lane_id() / 4, warp = simt::warp_id();
-    const auto rows = Product::rows_of(tile);
+    // Made anew before and after a product, not kept across it: two token groups of quantised
+    // weights leave no register for it.
+    const auto make_tile = [&] { return Tile::make(p, false, simt::opaque(simt::block_x())); };
 
     SIMT_NO_UNROLL for (int first = group.first_row; first < group.end_row;
                         first += 8 * kTokenGroups) {
-        Product product(matrix, rows, warp, num_warps);
+        Product product(matrix, Product::rows_of(make_tile()), warp, num_warps);
         const T* tokens[kTokenGroups];
         SIMT_UNROLL for (int j = 0; j < kTokenGroups; ++j) {
             int row = first + 8 * j + g;
@@ -82,6 +81,9 @@ SIMT_FUNCTION void decode_up(const ExpertParams& p, int num_warps, unsigned char
         product.multiply(tokens, acc);
         share_sums(shared, warp, acc);
         simt::block_sync();
+        const Tile tile = make_tile();
+        const GateUpRows gate_up = GateUpRows::make(p.inner_size, p.interleaved);
+        const ActivationForm form = activation_form(p);
         const int num_threads = num_warps * simt::kWarpSize;
         const int features = tile.features();
         SIMT_NO_UNROLL for (int i = simt::thread_id(); i < features * 8 * kTokenGroups;

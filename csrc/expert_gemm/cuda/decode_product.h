@@ -55,7 +55,7 @@ class DecodeWarp {
     SIMT_FUNCTION DecodeWarp(const WeightMatrix& matrix, const Rows& rows, int warp, int num_warps)
         : matrix_(matrix), stride_(num_warps * kStepK), first_(warp * kStepK) {
         SIMT_UNROLL for (int i = 0; i < 4; ++i) rows_[i] =
-            matrix.codes + int64_t(rows.row[i]) * (matrix.k_size / 8 * Format::kBits);
+            uint32_t(rows.row[i]) * uint32_t(matrix.k_size / 8 * Format::kBits);
         SIMT_UNROLL for (int i = 0; i < kScales; ++i) scale_rows_[i] =
             Format::scale_row(matrix, rows.row[i * 4 / kScales]);
         SIMT_UNROLL for (int d = 0; d < kDepth; ++d) load_weights(steps_[d], first_ + d * stride_);
@@ -109,7 +109,8 @@ class DecodeWarp {
         const int mine = k + simt::lane_id() % 4 * kLaneK;
         const int at = mine < matrix_.k_size ? mine : matrix_.k_size - kLaneK;
         SIMT_UNROLL for (int i = 0; i < 4; ++i) step.weights[i] =
-            simt::load16<simt::Keep::streamed>(rows_[i] + at / 8 * Format::kBits);
+            simt::load16<simt::Keep::streamed>(matrix_.codes +
+                                               (rows_[i] + uint32_t(at) / 8 * Format::kBits));
         SIMT_UNROLL for (int i = 0; i < kScales; ++i) step.scales[i] =
             Format::load_scale(matrix_, scale_rows_[i], at);
     }
@@ -151,7 +152,7 @@ class DecodeWarp {
     }
 
     WeightMatrix matrix_;
-    const unsigned char* rows_[4];
+    uint32_t rows_[4];  // bytes from matrix_.codes
     uint32_t scale_rows_[kScales ? kScales : 1];
     int stride_, first_;
     Step steps_[kDepth] = {};
