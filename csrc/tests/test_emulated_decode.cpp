@@ -1,50 +1,12 @@
 // The decode kernels, run on the CPU (csrc/simt), against plain loops in double.
 #include "check.h"
-#include "expert_case.h"
-#include "expert_gemm/cuda/decode.h"
+#include "emulated_layer.h"
 
 namespace {
 
-using namespace moe_offload;
-using namespace moe_offload::cuda;
-using expert_case::Case;
-using expert_case::Shape;
-using simt::bf16;
-using simt::f16;
-
-template <class T, int kTokenGroups>
-void run_up(const ExpertParams& p, int warps, uint64_t seed) {
-    const size_t shared = decode_shared_bytes<PlainWeights<T>>(warps, kTokenGroups);
-    simt::launch(
-        {.grid_x = decode_feature_tiles<PlainWeights<T>>(p, false),
-         .grid_y = std::max(1, p.max_groups),
-         .threads = 32 * warps,
-         .shared_bytes = shared,
-         .seed = seed},
-        [&](unsigned char* s) { decode_up<T, PlainWeights<T>, kTokenGroups>(p, warps, s); });
-}
-
-template <class T, int kTokenGroups>
-void run_down(const ExpertParams& p, int warps, uint64_t seed) {
-    const size_t shared = decode_shared_bytes<PlainWeights<T>>(warps, kTokenGroups);
-    simt::launch(
-        {.grid_x = decode_feature_tiles<PlainWeights<T>>(p, true),
-         .grid_y = std::max(1, p.max_groups),
-         .threads = 32 * warps,
-         .shared_bytes = shared,
-         .seed = seed},
-        [&](unsigned char* s) { decode_down<T, PlainWeights<T>, kTokenGroups>(p, warps, s); });
-}
-
-template <class T, int kTokenGroups>
-void run_layer(const ExpertParams& p, int warps = 2, uint64_t seed = 0) {
-    run_up<T, kTokenGroups>(p, warps, seed);
-    run_down<T, kTokenGroups>(p, warps, seed);
-}
+using namespace emulated_layer;
 
 int to_expert_1(int, uint64_t) { return 1; }
-int none_or_any(int, uint64_t random) { return int(random % 5) - 1; }
-int nowhere(int, uint64_t) { return -1; }
 int skip_middle(int, uint64_t random) { return random % 2 ? 0 : 3; }
 
 const Shape kShapes[] = {
@@ -67,63 +29,27 @@ template <class T>
 void matches_double_on_every_shape() {
     for (const Shape& shape : kShapes) {
         Case<T> c(shape, 7);
-        run_layer<T, 1>(c.params);
-        const auto first = c.out;  // before the reference exists
-        c.compute_reference();
-        c.check("1 token group");
-        for (int tickets : c.tickets) CHECK_EQ(tickets, 0);
-
-        // More tokens at a time, another order of threads and blocks: the same bits.
-        c.poison();
-        run_layer<T, 2>(c.params, 2, 11);
-        CHECK(c.same_bits(first));
-        c.poison();
-        run_layer<T, 4>(c.params, 2, 12);
-        CHECK(c.same_bits(first));
-        // Another split of K: other bits, as near.
-        c.poison();
-        run_layer<T, 1>(c.params, 8, 13);
-        c.check("8 warps");
+        check_decode<T, PlainWeights<T>>(c, c);
     }
 }
 
 void no_routes_give_zeros() {
     Case<bf16> c({"nowhere", 3, 2, 4, 64, 16, true, false, false, Activation::silu, nowhere}, 1);
     CHECK_EQ(c.groups.size(), 0u);
-    run_layer<bf16, 1>(c.params);
+    run_decode<bf16, PlainWeights<bf16>, 1>(c.params);
     for (bf16 value : c.out) CHECK_EQ(value.bits, 0);
 }
 
-// Resident experts in one pair of launches and the late ones in another: any split, same bits.
 void late_arrivals_change_nothing() {
     Case<bf16> c({"late", 6, 3, 6, 72, 40}, 3);
-    run_layer<bf16, 1>(c.params);
-    const auto together = c.out;
-    const int num_groups = int(c.groups.size()), total = num_groups;
-    CHECK(num_groups >= 4);
-    for (int split = 0; split < 1 << num_groups; split += 5) {
-        std::vector<Group> resident, late;
-        for (int g = 0; g < num_groups; ++g)
-            (split >> g & 1 ? late : resident).push_back(c.groups[g]);
-        c.poison();
-        ExpertParams p = c.params;
-        p.total_groups = &total;
-        for (const auto& list : {resident, late}) {
-            const int count = int(list.size());
-            p.groups = list.data();
-            p.num_groups = &count;
-            p.max_groups = num_groups;  // a captured grid is as large as it could ever be
-            run_layer<bf16, 1>(p, 2, split);
-        }
-        CHECK(c.same_bits(together));
-    }
+    check_late_arrivals<PlainWeights<bf16>>(c, 5);
 }
 
 // The slot table says who is here: an absent expert's group is skipped, its ticket stays open, and
 // the launch after its arrival finishes the layer.
 void absent_experts_wait_for_their_launch() {
     Case<bf16> c({"absent", 5, 2, 4, 64, 32}, 9);
-    run_layer<bf16, 1>(c.params);
+    run_decode<bf16, PlainWeights<bf16>, 1>(c.params);
     const auto together = c.out;
     c.poison();
     auto slot_of = c.slot_of;
@@ -132,19 +58,19 @@ void absent_experts_wait_for_their_launch() {
     ExpertParams p = c.params;
     p.total_groups = &total;
     p.pages.slot_of = slot_of.data();
-    run_layer<bf16, 1>(p);
+    run_decode<bf16, PlainWeights<bf16>, 1>(p);
     for (bf16 value : c.out) CHECK_EQ(value.bits, 0xffff);  // not combined yet
     slot_of[absent] = c.slot_of[absent];
     p.groups = c.groups.data();
     p.max_groups = 1;
-    run_layer<bf16, 1>(p);
+    run_decode<bf16, PlainWeights<bf16>, 1>(p);
     CHECK(c.same_bits(together));
 }
 
 // Pages anywhere: a table of addresses instead of the slab (user-owned tensors, pinned host rows).
 void a_page_table_reads_the_same_pages() {
     Case<bf16> c({"table", 4, 2, 4, 64, 32}, 5);
-    run_layer<bf16, 1>(c.params);
+    run_decode<bf16, PlainWeights<bf16>, 1>(c.params);
     const auto slab = c.out;
     c.poison();
     // Pages in allocations of their own, under page ids past a thousand and past 32-bit offsets.
@@ -163,7 +89,7 @@ void a_page_table_reads_the_same_pages() {
     p.pages.slab = nullptr;
     p.pages.page_table = table.data();
     p.pages.slot_of = page_of.data();
-    run_layer<bf16, 1>(p);
+    run_decode<bf16, PlainWeights<bf16>, 1>(p);
     CHECK(c.same_bits(slab));
 
     Pages far{};
@@ -177,7 +103,7 @@ void a_page_table_reads_the_same_pages() {
 // device's counters.
 void the_permutations_maps_do_as_well_as_groups() {
     Case<bf16> c({"maps", 6, 2, 5, 64, 32}, 4);
-    run_layer<bf16, 1>(c.params);
+    run_decode<bf16, PlainWeights<bf16>, 1>(c.params);
     const auto listed = c.out;
     std::vector<int32_t> offsets(6, 0), active(5, -1);
     const int num_active = int(c.groups.size());
@@ -191,24 +117,15 @@ void the_permutations_maps_do_as_well_as_groups() {
     p.expert_offsets = offsets.data();
     p.num_groups = &num_active;
     p.max_groups = 5;
-    run_layer<bf16, 1>(p);
+    run_decode<bf16, PlainWeights<bf16>, 1>(p);
     CHECK(c.same_bits(listed));
 }
 
 void random_shapes() {
     std::mt19937_64 random(2026);
     for (int i = 0; i < 12; ++i) {
-        auto up_to = [&](int n) { return 1 + int(random() % n); };
-        Shape s{"random", up_to(20), 1, up_to(6), 8 * up_to(20), 8 * up_to(12)};
-        s.top_k = up_to(std::min(3, s.experts));
-        s.gated = random() % 2;
-        s.interleaved = random() % 2;
-        s.bias = random() % 2;
-        std::printf("(T %d A %d E %d H %d F %d%s%s%s) ", s.tokens, s.top_k, s.experts, s.hidden,
-                    s.inner, s.gated ? " gated" : "", s.interleaved ? " interleaved" : "",
-                    s.bias ? " bias" : "");
-        Case<f16> c(s, random());
-        run_layer<f16, 2>(c.params, up_to(8), random());
+        Case<f16> c(random_shape(random, {20, 3, 6, 20, 12}), random());
+        run_decode<f16, PlainWeights<f16>, 2>(c.params, 1 + int(random() % 8), random());
         c.compute_reference();
         c.check("random");
     }

@@ -1,52 +1,18 @@
 // The decode kernels on quantised pages, run on the CPU (csrc/simt), against plain loops in double
 // over what the formats say the weights are.
 #include "check.h"
-#include "expert_case.h"
-#include "expert_gemm/cuda/decode.h"
+#include "emulated_layer.h"
 
 namespace {
 
-using namespace moe_offload;
-using namespace moe_offload::cuda;
-using expert_case::Case;
-using expert_case::Shape;
-using simt::bf16;
-using simt::f16;
-
-template <class T, class Format, int kTokenGroups>
-void run_layer(const ExpertParams& p, int warps, uint64_t seed = 0) {
-    simt::Launch config{.grid_x = decode_feature_tiles<Format>(p, false),
-                        .grid_y = std::max(1, p.max_groups),
-                        .threads = 32 * warps,
-                        .shared_bytes = decode_shared_bytes<Format>(warps, kTokenGroups),
-                        .seed = seed};
-    simt::launch(config, [&](auto* s) { decode_up<T, Format, kTokenGroups>(p, warps, s); });
-    config.grid_x = decode_feature_tiles<Format>(p, true);
-    simt::launch(config, [&](auto* s) { decode_down<T, Format, kTokenGroups>(p, warps, s); });
-}
+using namespace emulated_layer;
 
 template <class T, class Format>
 void check_shape(Shape shape, uint64_t seed, int log2_group = 5) {
     shape.format = Format::kFormat;
     shape.log2_group = log2_group;
     Case<T> c(shape, seed);
-    run_layer<T, Format, 1>(c.params, 2);
-    const auto first = c.out;  // before the reference exists
-    c.compute_reference();
-    c.check("1 token group");
-    // More tokens at a time, another order of threads and blocks: the same bits.
-    c.poison();
-    run_layer<T, Format, 2>(c.params, 2, 11);
-    CHECK(c.same_bits(first));
-    c.poison();
-    run_layer<T, Format, 4>(c.params, 2, 12);
-    CHECK(c.same_bits(first));
-    // Other splits of K: other bits, as near.
-    for (int warps : {1, 5}) {
-        c.poison();
-        run_layer<T, Format, 1>(c.params, warps, 13);
-        c.check("other splits of K");
-    }
+    check_decode<T, Format>(c, c);
 }
 
 // H and F in eighths of what a format asks of them at least, so that K ends inside a step.
@@ -83,12 +49,12 @@ void a_changed_page_shows(size_t offset_in_page, int64_t Pages::* section) {
     Shape shape{"changed", 1, 1, 1, 160, 128};
     shape.format = Format::kFormat;
     Case<bf16> c(shape, 3);
-    run_layer<bf16, Format, 1>(c.params, 1);
+    run_decode<bf16, Format, 1>(c.params, 1);
     const auto before = c.out;
     c.slab[c.slot_of[0] * c.params.pages.slot_stride + c.params.pages.*section + offset_in_page] ^=
         1;
     c.poison();
-    run_layer<bf16, Format, 1>(c.params, 1);
+    run_decode<bf16, Format, 1>(c.params, 1);
     CHECK(!c.same_bits(before));
 }
 
@@ -109,7 +75,7 @@ void a_nan_code_is_not_lost() {
     Case<bf16> c(shape, 5);
     const auto& pages = c.params.pages;
     c.slab[c.slot_of[1] * pages.slot_stride + pages.down_offset + 40 * 128 + 77] = 0x7f;
-    run_layer<bf16, Fp8BlockWeights<bf16>, 1>(c.params, 2);
+    run_decode<bf16, Fp8BlockWeights<bf16>, 1>(c.params, 2);
     for (int token = 0; token < 6; ++token)
         for (int n = 0; n < 128; ++n) {
             const float value = simt::to_float(c.out[token * 128 + n]);

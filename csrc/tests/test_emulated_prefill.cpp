@@ -1,46 +1,12 @@
 // The sm_80 prefill kernels and the combine, run on the CPU (csrc/simt), against loops in double.
 #include "check.h"
-#include "expert_case.h"
-#include "expert_gemm/cuda/combine.h"
-#include "expert_gemm/cuda/prefill_sm80.h"
+#include "emulated_layer.h"
 
 namespace {
 
-using namespace moe_offload;
-using namespace moe_offload::cuda;
-using expert_case::Case;
-using expert_case::Shape;
-using simt::bf16;
-using simt::f16;
-
-template <class T, int kBlockM, int kStages>
-void run_gemms(const ExpertParams& p, int blocks, uint64_t seed) {
-    const size_t shared = kStages * prefill_stage_bytes(kBlockM);
-    const simt::Launch config{
-        .grid_x = blocks, .threads = kPrefillThreads, .shared_bytes = shared, .seed = seed};
-    simt::launch(config,
-                 [&](auto* s) { prefill<T, PlainWeights<T>, kBlockM, kStages, false>(p, s); });
-    simt::launch(config,
-                 [&](auto* s) { prefill<T, PlainWeights<T>, kBlockM, kStages, true>(p, s); });
-}
-
-template <class T>
-void run_combine(const ExpertParams& p) {
-    const int blocks = ceil_div(p.num_tokens * (p.hidden / 8), 256);
-    simt::launch({.grid_x = blocks, .threads = 256}, [&](auto*) { combine_rows<T>(p, 256); });
-}
-
-template <class T, int kBlockM, int kStages>
-void run_layer(Case<T>& c, int blocks, uint64_t seed = 0) {
-    c.poison();
-    c.params.partial = c.partial16.data();
-    run_gemms<T, kBlockM, kStages>(c.params, blocks, seed);
-    run_combine<T>(c.params);
-}
+using namespace emulated_layer;
 
 int skewed(int route, uint64_t random) { return route % 3 ? 2 : int(random % 4); }
-int none_or_any(int, uint64_t random) { return int(random % 5) - 1; }
-int nowhere(int, uint64_t) { return -1; }
 
 const Shape kShapes[] = {
     {"one token", 1, 2, 3, 32, 16},
@@ -57,26 +23,26 @@ template <class T>
 void matches_double_on_every_shape() {
     for (const Shape& shape : kShapes) {
         Case<T> c(shape, 17);
-        run_layer<T, 64, 4>(c, 2);
+        run_prefill<T, PlainWeights<T>, 64, 4>(c, 2);
         const auto first = c.out;
         c.compute_reference();
         c.check("64 rows", 1);
         // Taller tiles, another depth, more blocks, another order: the same bits, because each
         // element's sum over k is the same sequence.
-        run_layer<T, 128, 3>(c, 5, 3);
+        run_prefill<T, PlainWeights<T>, 128, 3>(c, 5, 3);
         CHECK(c.same_bits(first));
     }
 }
 
 void no_routes_give_zeros() {
     Case<bf16> c({"nowhere", 9, 2, 4, 64, 16, true, false, false, Activation::silu, nowhere}, 1);
-    run_layer<bf16, 64, 3>(c, 2);
+    run_prefill<bf16, PlainWeights<bf16>, 64, 3>(c, 2);
     for (bf16 value : c.out) CHECK_EQ(value.bits, 0);
 }
 
 void late_arrivals_change_nothing() {
     Case<bf16> c({"late", 70, 2, 4, 64, 40}, 3);
-    run_layer<bf16, 64, 3>(c, 3);
+    run_prefill<bf16, PlainWeights<bf16>, 64, 3>(c, 3);
     const auto together = c.out;
     for (int split = 0; split < 16; split += 3) {
         c.poison();
@@ -88,7 +54,7 @@ void late_arrivals_change_nothing() {
         p.pages.slot_of = slot_of.data();
         for (int pass = 0; pass < 2; ++pass) {
             for (int e = 0; e < 4; ++e) slot_of[e] = (split >> e & 1) == pass ? c.slot_of[e] : -1;
-            run_gemms<bf16, 64, 3>(p, 3, split);
+            run_prefill_gemms<bf16, PlainWeights<bf16>, 64, 3>(p, 3, split);
         }
         run_combine<bf16>(p);
         CHECK(c.same_bits(together));
@@ -98,15 +64,8 @@ void late_arrivals_change_nothing() {
 void random_shapes() {
     std::mt19937_64 random(2027);
     for (int i = 0; i < 6; ++i) {
-        auto up_to = [&](int n) { return 1 + int(random() % n); };
-        Shape s{"random", up_to(90), 1, up_to(4), 8 * up_to(12), 8 * up_to(18)};
-        s.top_k = up_to(std::min(2, s.experts));
-        s.gated = random() % 2;
-        s.interleaved = random() % 2;
-        s.bias = random() % 2;
-        std::printf("(T %d A %d E %d H %d F %d) ", s.tokens, s.top_k, s.experts, s.hidden, s.inner);
-        Case<f16> c(s, random());
-        run_layer<f16, 64, 3>(c, up_to(4), random());
+        Case<f16> c(random_shape(random, {90, 2, 4, 12, 18}), random());
+        run_prefill<f16, PlainWeights<f16>, 64, 3>(c, 1 + int(random() % 4), random());
         c.compute_reference();
         c.check("random", 1);
     }

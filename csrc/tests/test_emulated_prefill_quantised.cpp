@@ -1,48 +1,26 @@
 // The sm_80 prefill kernels on quantised pages, run on the CPU (csrc/simt): the same bits as on
 // pages dequantised to T, which are checked against loops in double.
 #include "check.h"
-#include "expert_case.h"
-#include "expert_gemm/cuda/combine.h"
-#include "expert_gemm/cuda/prefill_sm80.h"
+#include "emulated_layer.h"
 
 namespace {
 
-using namespace moe_offload;
-using namespace moe_offload::cuda;
-using expert_case::Case;
-using expert_case::Shape;
-using simt::bf16;
-using simt::f16;
-
-template <class T, class Format, int kBlockM, int kStages>
-void run_layer(Case<T>& c, int blocks, uint64_t seed = 0) {
-    c.poison();
-    c.params.partial = c.partial16.data();
-    const ExpertParams& p = c.params;
-    const simt::Launch config{.grid_x = blocks,
-                              .threads = kPrefillThreads,
-                              .shared_bytes = kStages * prefill_stage_bytes(kBlockM),
-                              .seed = seed};
-    simt::launch(config, [&](auto* s) { prefill<T, Format, kBlockM, kStages, false>(p, s); });
-    simt::launch(config, [&](auto* s) { prefill<T, Format, kBlockM, kStages, true>(p, s); });
-    simt::launch({.grid_x = ceil_div(p.num_tokens * (p.hidden / 8), 256), .threads = 256},
-                 [&](auto*) { combine_rows<T>(p, 256); });
-}
+using namespace emulated_layer;
 
 template <class T, class Format>
 void check_shape(Shape shape, uint64_t seed, int log2_group = 5) {
     shape.format = Format::kFormat;
     shape.log2_group = log2_group;
     Case<T> c(shape, seed);
-    run_layer<T, Format, 64, 4>(c, 2);
+    run_prefill<T, Format, 64, 4>(c, 2);
     const auto first = c.out;
     Case<T> plain = c.dequantised();
-    run_layer<T, PlainWeights<T>, 64, 4>(plain, 3);
+    run_prefill<T, PlainWeights<T>, 64, 4>(plain, 3);
     CHECK(plain.same_bits(first));
     plain.compute_reference();
     plain.check(shape.name, 1);
     // Taller tiles, another depth, more blocks, another order: the same bits.
-    run_layer<T, Format, 128, 3>(c, 5, 3);
+    run_prefill<T, Format, 128, 3>(c, 5, 3);
     CHECK(c.same_bits(first));
 }
 
