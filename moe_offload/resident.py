@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_offload import cuda_kernels
+from moe_offload import cuda_kernels, cuda_pages
 from moe_offload.activations import Activation, ExpertForm
 from moe_offload.backends.cuda import BoundLayer, Cuda, bad_sizes, expert_shape
 from moe_offload.backends.triton import BoundTriton, TritonExperts
@@ -44,7 +44,7 @@ def why_not_cuda(weights: Weights) -> str | None:
         return reason
     if down.device.type not in Cuda.devices:
         return f"it does not compute on {down.device.type}"
-    if down.dtype not in cuda_kernels.DTYPES:
+    if down.dtype not in cuda_pages.DTYPES:
         return f"it has no kernels for {down.dtype}"
     if (reason := bad_sizes(down.shape[1], down.shape[2])) is not None:
         return reason
@@ -80,7 +80,7 @@ def expert_ffn(
         found = find_slab(weights)
         assert found is not None, "why_not_cuda has looked"
         slab, stride, offsets = found
-        where = cuda_kernels.SlabPages(slab, stride)
+        where = cuda_pages.SlabPages(slab, stride)
         shape = expert_shape(act, hidden_size, inner, down.dtype, offsets)
         run: Any = BoundLayer(cuda_kernels.CudaExperts(shape, num_experts))
         run = run.start(hidden, ids, topk)

@@ -18,7 +18,7 @@ from moe_offload import OffloadedExperts, backends, reference, resident
 from moe_offload.activations import Activation, ExpertForm
 from moe_offload.backends.cuda import Cuda
 from moe_offload.backends.triton import TritonExperts
-from moe_offload.cuda_kernels import SlabPages
+from moe_offload.cuda_pages import SlabPages
 from moe_offload.errors import UnsupportedModelError
 from moe_offload.functional import expert_ffn
 from moe_offload.layer import _as_layer

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_offload import cuda_kernels, quantization
-from moe_offload.cuda_kernels import CudaExperts, ExpertShape, SlabPages, TablePages
+from moe_offload.cuda_kernels import CudaExperts
+from moe_offload.cuda_pages import ExpertShape, SlabPages, TablePages
 from moe_offload.pages import PageLayout
 
 GOOD = ExpertShape(64, 32, torch.bfloat16, up_offset=0, down_offset=8192)
@@ -24,6 +25,7 @@ GOOD = ExpertShape(64, 32, torch.bfloat16, up_offset=0, down_offset=8192)
     [
         ({"hidden": 60}, ValueError, "hidden must be a multiple of 8, got 60"),
         ({"inner": 0}, ValueError, "inner must be a multiple of 8, got 0"),
+        ({"inner": 2**24}, ValueError, r"under 4 GiB in 16 bits, got \[33554432, \d+\]"),
         ({"dtype": torch.float32}, TypeError, "bfloat16 or float16, got torch.float32"),
         ({"activation": "tanh"}, ValueError, "must be of silu, gelu"),
         ({"activation": "clamped_swiglu", "gated": False}, ValueError, "needs a gate"),

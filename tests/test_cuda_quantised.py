@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_offload import quantization, reference
 from moe_offload.activations import Activation, ExpertForm
 from moe_offload.backends.cuda import Cuda
-from moe_offload.cuda_kernels import SlabPages
+from moe_offload.cuda_pages import SlabPages
 from moe_offload.pages import PageLayout, find_slab, pack_experts
 
 EXPERTS, HIDDEN, INNER = 4, 128, 128

@@ -98,7 +98,8 @@ class Layer:
     """One set of experts and a routing, in the layouts the contenders want."""
 
     def __init__(self, model: str, tokens: int, form: str = "plain", group: int = 0) -> None:
-        from moe_offload.cuda_kernels import CudaExperts, ExpertShape, SlabPages
+        from moe_offload.cuda_kernels import CudaExperts
+        from moe_offload.cuda_pages import ExpertShape, SlabPages
         from moe_offload.pages import PageLayout
         from moe_offload.quantization import specs
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_offload import cuda_kernels
+from moe_offload import cuda_kernels, cuda_pages
 from moe_offload.activations import Activation, recognise, unsupported
 from moe_offload.backends.routes import SortedRoutes
-from moe_offload.cuda_kernels import CudaExperts, ExpertShape, SlabPages
+from moe_offload.cuda_kernels import CudaExperts
+from moe_offload.cuda_pages import ExpertShape, SlabPages
 from moe_offload.device import to_device
 from moe_offload.quantization import MXFP4_GROUP, SCALES, format_of
 
@@ -41,7 +42,7 @@ class Cuda:
         if form != "plain":  # which mean bfloat16, and biases are of it
             biases = [s.dtype for s in layout.sections if s.name.endswith("_bias")]
             dtypes = [torch.bfloat16, *biases]
-        if (reason := unsupported(module, dtypes, cuda_kernels.DTYPES)) is not None:
+        if (reason := unsupported(module, dtypes, cuda_pages.DTYPES)) is not None:
             return reason
         if (reason := bad_sizes(*_sizes(module, layout))) is not None:
             return reason
