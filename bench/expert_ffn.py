@@ -5,9 +5,10 @@ exceeds 1.2 x that of transformers' grouped_mm prints no time. Then rounds: each
 round, in random order after a pause, each call with its own draw of tokens and experts, so that
 nobody finds the weights another has just pulled into the cache. A short call follows an untimed
 one on other experts, as in a model's decode loop, where threads are awake. Each round also reads
-memory once through: on a shared machine that rate drifts by 1.7 x within minutes (35 to 60 GB/s
-seen), so a row is held against the median of the reads between its own calls. Matrix products, the
-other roof, are timed before each number of tokens.
+memory once through, in pages of 2 MiB and of 4 KiB (where torch, and so everybody but the paged
+layer, has the weights): on a shared machine that rate drifts by 1.7 x within minutes (35 to 60 GB/s
+seen), so a row is held against the median of the reads between its own calls. The other roofs,
+torch's matrix products and multiply-adds from registers, are timed before each number of tokens.
 
     python bench/expert_ffn.py                     # all shapes
     python bench/expert_ffn.py --shape olmoe       # one; results of the others are kept
@@ -38,7 +39,7 @@ from harness import (
     save,
     spread,
 )
-from roofs import memory_reader
+from roofs import memory_reader, multiply_peak
 from torch import Tensor
 
 from moe_offload import reference
@@ -66,9 +67,11 @@ COLUMNS = {
     "tokens": "T",
     "us": "us",
     "gb_per_s": "GB/s",
-    "memory_roof": "% mem roof",
+    "memory_roof": "% read",
+    "memory_4k_roof": "% read 4K",
     "tflops": "TFLOP/s",
-    "gemm_roof": "% gemm roof",
+    "gemm_roof": "% mm",
+    "multiply_roof": "% peak",
     "speedup": "x fastest peer",
     "error": "error / grouped_mm's",
 }
@@ -127,15 +130,15 @@ def measure(
     tokens: int,
     seconds: float,
     least: int,
-    read_memory: Callable[[], float],
-) -> tuple[dict[str, list[float]], dict[str, list[int]], list[float]]:
-    """Seconds and distinct experts of every call, by contender; GB/s of each round's read."""
+    readers: Sequence[Callable[[], float]],
+) -> tuple[dict[str, list[float]], dict[str, list[int]], list[list[float]]]:
+    """Seconds and distinct experts of every call, by contender; by reader, GB/s of each round."""
     times: dict[str, list[float]] = {one.name: [] for one in running}
     distinct: dict[str, list[int]] = {one.name: [] for one in running}
     draws = [draw(shape, tokens, seed) for seed in range(8 if tokens <= 256 else 2)]
     end = time.perf_counter() + seconds
     order, call, rounds = random.Random(tokens), 0, 0
-    memory: list[float] = []
+    memory: list[list[float]] = [[] for _ in readers]
     # Other libraries' threads spin after a call; without a pause whoever comes next loses a core
     # (measured: our kernels took 1.5 to 2 x as long right after kt-kernel).
     pause = min(0.1, seconds / 50)
@@ -151,7 +154,8 @@ def measure(
             one.run(*inputs)
             times[one.name].append(time.perf_counter() - start)
             distinct[one.name].append(int(inputs[1].unique().numel()))
-        memory.append(read_memory())
+        for read, rates in zip(readers, memory, strict=True):
+            rates.append(read())
         rounds += 1
     return times, distinct, memory
 
@@ -165,13 +169,15 @@ def run_shape(shape: Shape, tokens: Sequence[int], seconds: float, least: int, q
     everyone, absent = contenders(shape, gate_up, down)
     buffer = 1 << 24 if quick else 1 << 29
     sizes = [(64, 64, 64)] if quick else [(1024,) * 3, (2048,) * 3, (3072,) * 3, (2048, 4096, 2048)]
-    read_memory = memory_reader(buffer)
-    memory: dict[int, list[float]] = {}
+    readers = [memory_reader(buffer, huge_pages=huge) for huge in (True, False)]
+    memory: dict[int, list[list[float]]] = {}
     gemm: list[Row] = []
+    multiply: list[float] = []
     rows: list[Row] = []
     skipped = list(absent)
     for count in tokens:
         gemm.append(gemm_roof(sizes, torch.bfloat16, 2))
+        multiply.append(multiply_peak("bfloat16", 0.001 if quick else 0.1))
         running = []
         for one in everyone:
             reason = one.skip(count)
@@ -180,7 +186,7 @@ def run_shape(shape: Shape, tokens: Sequence[int], seconds: float, least: int, q
             else:
                 skipped.append(f"{one.name} at T = {count}: {reason}")
         error = errors(running, shape, count, gate_up, down)
-        timed = measure(running, shape, count, seconds, least, read_memory)
+        timed = measure(running, shape, count, seconds, least, readers)
         times, distinct, memory[count] = timed
         for one in running:
             row = {"shape": shape.name, "contender": one.name, "tokens": count, "peer": one.peer}
@@ -191,8 +197,12 @@ def run_shape(shape: Shape, tokens: Sequence[int], seconds: float, least: int, q
                 row["rounds"] = len(times[one.name])
                 row["distinct_experts"] = median(distinct[one.name])
             rows.append(row)
-    best = max(gemm, key=lambda row: row["tflops"])
-    roofs = {"memory_gb_per_s": {T: spread(rates) for T, rates in memory.items()}, "gemm": best}
+    roofs = {
+        "memory_gb_per_s": {T: spread(rates[0]) for T, rates in memory.items()},
+        "memory_4k_gb_per_s": {T: spread(rates[1]) for T, rates in memory.items()},
+        "gemm": max(gemm, key=lambda row: row["tflops"]),
+        "multiply_tflops": max(multiply),
+    }
     for row in rows:
         finish(row, rows, shape, roofs)
     return {"roofs": roofs, "rows": rows, "skipped": skipped}
@@ -206,8 +216,11 @@ def finish(row: Row, rows: Sequence[Row], shape: Shape, roofs: Row) -> None:
     flops = 6 * row["tokens"] * shape.top_k * shape.hidden * shape.inner
     row["gb_per_s"] = row["distinct_experts"] * shape.expert_bytes / us / 1e3
     row["tflops"] = flops / us / 1e6
-    row["memory_roof"] = 100 * row["gb_per_s"] / roofs["memory_gb_per_s"][row["tokens"]]["median"]
+    for pages in ("memory", "memory_4k"):
+        roof = roofs[f"{pages}_gb_per_s"][row["tokens"]]["median"]
+        row[f"{pages}_roof"] = 100 * row["gb_per_s"] / roof
     row["gemm_roof"] = 100 * row["tflops"] / roofs["gemm"]["tflops"]
+    row["multiply_roof"] = 100 * row["tflops"] / roofs["multiply_tflops"]
     peers = [
         other["us"]["median"]
         for other in rows
@@ -247,11 +260,16 @@ def main() -> None:
 
 def report(shape: Shape, found: dict[str, Any]) -> None:
     gemm = found["roofs"]["gemm"]
-    medians = [rates["median"] for rates in found["roofs"]["memory_gb_per_s"].values()]
+    read = [
+        f"{min(medians):.1f} to {max(medians):.1f} GB/s"
+        for pages in ("memory", "memory_4k")
+        if (medians := [row["median"] for row in found["roofs"][f"{pages}_gb_per_s"].values()])
+    ]
     title = (
         f"{shape.name}: H {shape.hidden}, F {shape.inner}, top-{shape.top_k} of {shape.experts} "
-        f"experts, bf16. Roofs: {min(medians):.1f} to {max(medians):.1f} GB/s read, "
-        f"{gemm['tflops']:.3f} TFLOP/s torch.mm"
+        f"experts, bf16. Roofs: {read[0]} read in pages of 2 MiB, {read[1]} of 4 KiB; "
+        f"{gemm['tflops']:.3f} TFLOP/s torch.mm, {found['roofs']['multiply_tflops']:.3f} from "
+        "registers"
     )
     print_table(found["rows"], COLUMNS, title)
     for reason in found["skipped"]:

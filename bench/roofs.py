@@ -3,8 +3,10 @@
 Disk: `_core.disk_roof` reads pages at random places of the given files with O_DIRECT, cut into
 chunks, several in flight, into huge pages that are thrown away: an upper bound for any pager with
 the same chunk size and depth. Memory: one pass over a buffer far larger than the caches, all cores
-at once. Products: a square matrix product per dtype. Virtual disks are noisy (swings of 1.5x that
-last minutes), so a benchmark takes short slices between its own samples, and this script
+at once, in pages of 4 KiB, where torch's tensors lie, and of 2 MiB, where slots do. Products: a
+square matrix product of torch's per dtype, and `_core.multiply_roof`, the multiply-adds of our
+kernels with nothing to load, which no product can beat. Virtual disks are noisy (swings of 1.5x
+that last minutes), so a benchmark takes short slices between its own samples, and this script
 interleaves its rows and gives medians with percentiles.
 
     python bench/roofs.py FOLDER_WITH_SAFETENSORS [--seconds 0.1]
@@ -13,6 +15,7 @@ interleaves its rows and gives medians with percentiles.
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -83,10 +86,10 @@ def disk_sweep(
     return rows
 
 
-def memory_reader(num_bytes: int = 1 << 29) -> Callable[[], float]:
+def memory_reader(num_bytes: int = 1 << 29, huge_pages: bool = True) -> Callable[[], float]:
     """A function that reads memory once through with one thread per core and returns GB/s."""
     cores = len(os.sched_getaffinity(0))
-    parts = [np.ones(num_bytes // 8 // cores, dtype=np.int64) for _ in range(cores)]
+    parts = [_ones(num_bytes // cores, huge_pages) for _ in range(cores)]
     pool = ThreadPoolExecutor(cores)  # numpy sums without the interpreter lock
 
     def read() -> float:
@@ -97,9 +100,20 @@ def memory_reader(num_bytes: int = 1 << 29) -> Callable[[], float]:
     return read
 
 
-def memory_read(num_bytes: int = 1 << 29, repeats: int = 5) -> float:
+def _ones(num_bytes: int, huge_pages: bool) -> np.ndarray[Any, Any]:
+    """int64 in pages of 2 MiB, if the kernel has them to give, or of 4 KiB."""
+    memory = mmap.mmap(-1, num_bytes + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    array = np.frombuffer(memory, dtype=np.int64)
+    start = -array.ctypes.data % (2 << 20) // 8
+    array = array[start : start + num_bytes // 8]
+    array[:] = 1
+    return array
+
+
+def memory_read(num_bytes: int = 1 << 29, repeats: int = 5, huge_pages: bool = True) -> float:
     """GB/s of reading memory once through with one thread per core; best of `repeats`."""
-    read = memory_reader(num_bytes)
+    read = memory_reader(num_bytes, huge_pages)
     return max([read() for _ in range(repeats + 1)][1:])
 
 
@@ -132,6 +146,20 @@ def gemm_peak(dtype: str, size: int, seconds: float = 2.0) -> float:
         torch.mm(left, left, out=out)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times[1:] or times) / 1e12
+
+
+def multiply_peak(dtype: str, seconds: float = 0.1, repeats: int = 5) -> float:
+    """TFLOP/s of our kernels' multiply-adds from registers, one thread per core; the best."""
+    from moe_offload import _core
+
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:  # the native loop runs without the interpreter lock
+
+        def once() -> float:
+            found = pool.map(lambda _: _core.multiply_roof(dtype, seconds), range(cores))
+            return sum(operations / took for operations, took in found) / 1e12
+
+        return max(once() for _ in range(repeats))
 
 
 def _disk_table(paths: Sequence[Path], arguments: argparse.Namespace) -> list[Row]:
@@ -196,16 +224,26 @@ def main() -> None:
     print_table(disk, columns, "O_DIRECT reads of random pages, median [p10, p90]")
     size, num_bytes = (128, 1 << 22) if arguments.quick else (2048, 1 << 29)
     gemm_seconds = 0.01 if arguments.quick else 2.0
-    memory = {"read_gb_per_s": memory_read(num_bytes), "copy_gb_per_s": memory_copy()}
+    memory = {
+        "read_gb_per_s": memory_read(num_bytes),
+        "read_4k_pages_gb_per_s": memory_read(num_bytes, huge_pages=False),
+        "copy_gb_per_s": memory_copy(),
+    }
     gemm = [
-        {"dtype": dtype, "tflops": gemm_peak(dtype, size, gemm_seconds)}
+        {
+            "dtype": dtype,
+            "tflops": gemm_peak(dtype, size, gemm_seconds),
+            "multiply_tflops": multiply_peak(dtype, gemm_seconds / 20),
+        }
         for dtype in ("bfloat16", "float16", "float32")
     ]
     print(
-        f"\nmemory: read {memory['read_gb_per_s']:.1f} GB/s on all cores; "
+        f"\nmemory: read {memory['read_gb_per_s']:.1f} GB/s on all cores in pages of 2 MiB, "
+        f"{memory['read_4k_pages_gb_per_s']:.1f} in pages of 4 KiB; "
         f"chunk to slot {memory['copy_gb_per_s']:.1f} GB/s on one"
     )
-    print_table(gemm, {"dtype": "dtype", "tflops": "TFLOP/s"}, f"torch.mm, {size} x {size}")
+    columns = {"dtype": "dtype", "tflops": "torch.mm", "multiply_tflops": "from registers"}
+    print_table(gemm, columns, f"TFLOP/s on all cores; torch.mm of {size} x {size}")
     results = {"environment": record, "disk": disk, "memory": memory, "gemm": gemm}
     if arguments.output is not None:
         import json

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "expert_gemm/cpu/ffn_run.h"
+#include "expert_gemm/cpu/multiply_roof.h"
 #include "expert_gemm/route_sort.h"
 
 namespace py = pybind11;
@@ -118,6 +119,19 @@ void bind_expert_ffn(py::module_& m) {
             return names;
         },
         "dtype"_a, "Instruction sets with kernels for this dtype that this machine runs.");
+
+    m.def(
+        "multiply_roof",
+        [](const std::string& dtype, double seconds, const std::string& isa) {
+            const MultiplyRoof roof =
+                multiply_roof(*kernels_named(isa, dtype_named(dtype)), seconds);
+            return std::make_tuple(roof.operations, roof.seconds);
+        },
+        "dtype"_a, "seconds"_a, "isa"_a = "auto", ReleaseGil(),
+        "Multiply-adds of the kernels for this dtype with all operands in registers, in the "
+        "calling "
+        "thread: (floating-point operations, seconds). 16-bit weights are multiplied in fp32 where "
+        "the instruction set has nothing else.");
 
     py::class_<FfnWeights>(m, "FfnWeights")
         .def(py::init([](const View& up, const View& down, const std::optional<View>& gate,

@@ -62,6 +62,8 @@ def test_roofs_and_paging_write_every_row(tmp_path: Path) -> None:
     assert {row["huge_pages"] for row in found["disk"]} == {True, False}
     assert all(row["gb_per_s"]["median"] > 0 for row in found["disk"])
     assert [row["dtype"] for row in found["gemm"]] == ["bfloat16", "float16", "float32"]
+    assert all(row["tflops"] > 0 and row["multiply_tflops"] > 0 for row in found["gemm"])
+    assert all(rate > 0 for rate in found["memory"].values())
     found = json.loads(paging.read_text())
     assert found["bytes_compared"] > 0
     assert "threads" in {row["engine"] for row in found["rows"]}

@@ -224,6 +224,18 @@ def test_large_enough_to_be_shared_by_threads_and_still_the_same_bits() -> None:
         check(inputs, expected)
 
 
+def test_the_multiply_roof_counts_operations_of_every_instruction_set() -> None:
+    for dtype in ("float32", "bfloat16", "float16"):
+        for isa in ["auto", *_core.cpu_isas(dtype)]:
+            operations, seconds = _core.multiply_roof(dtype, 1e-4, isa)
+            assert operations > 0
+            assert seconds >= 1e-4
+    with pytest.raises(ValueError, match=r'CPU kernels: expected one of .*plain.*, got "mmx"'):
+        _core.multiply_roof("float32", 1e-4, "mmx")
+    with pytest.raises(ValueError, match="expected float32, bfloat16 or float16, got int8"):
+        _core.multiply_roof("int8", 1e-4)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_rows_of_an_expert_taken_in_parts_keep_their_bits(num_threads: int) -> None:
     """Experts with 481, 962 and 1443 rows, against at most 37 rows at a time."""

@@ -13,6 +13,7 @@
 #include "check.h"
 #include "expert_gemm/cpu/amx_emulation.h"
 #include "expert_gemm/cpu/ffn_run.h"
+#include "expert_gemm/cpu/multiply_roof.h"
 #include "expert_gemm/cpu/thread_pool.h"
 
 using namespace moe_offload;
@@ -198,6 +199,25 @@ void every_instruction_set_is_right() {
         }
 }
 
+void every_instruction_set_counts_its_multiplications() {
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kBF16, Dtype::kF16})
+        for (int32_t isa = 0; isa < 6; ++isa) {
+            const Kernels* kernels = kernels_for(static_cast<Isa>(isa), dtype);
+            if (!kernels) continue;
+            CHECK(kernels->multiply(1) > 0);
+            CHECK_EQ(kernels->multiply(0), 0);
+            CHECK_EQ(kernels->multiply(3), 3 * kernels->multiply(1));
+            // tile rows x vectors x lanes x a pair, or four products of two 16 x 32 operands
+            if (static_cast<Isa>(isa) == Isa::kAvx512Bf16)
+                CHECK_EQ(kernels->multiply(1), 8 * 3 * 16 * 2 * 2);
+            if (static_cast<Isa>(isa) == Isa::kAmxEmulated)
+                CHECK_EQ(kernels->multiply(1), 4 * 2 * 16 * 16 * 32);
+            const MultiplyRoof roof = multiply_roof(*kernels, 1e-4);
+            CHECK(roof.operations > 0);
+            CHECK(roof.seconds >= 1e-4);
+        }
+}
+
 void bits_do_not_depend_on_portions_or_threads() {
     for (const int64_t tokens : {2, 90}) {
         const Problem problem(Dtype::kBF16, tokens, 2, 6, 256, 192);
@@ -341,6 +361,7 @@ void the_emulated_tile_product_is_the_documented_one() {
 
 int main() {
     RUN(every_instruction_set_is_right);
+    RUN(every_instruction_set_counts_its_multiplications);
     RUN(bits_do_not_depend_on_portions_or_threads);
     RUN(every_phase_waits_for_the_one_before);
     RUN(callers_at_the_same_time_get_their_own_results);

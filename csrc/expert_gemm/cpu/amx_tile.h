@@ -109,6 +109,35 @@ struct AmxTile {
             MOE_TILE_STORE(3, c + 16 * MV * 16 + 16, kStride);
         }
     }
+
+    // The same products of operands that stay in tile registers.
+    static int64_t multiply(int64_t rounds) {
+        alignas(64) BF16 operand[16 * 32];
+        alignas(64) float sums[4 * 16 * 16];
+        std::memset(operand, 0x3f, sizeof(operand));  // 0.7
+        begin();
+        MOE_TILE_ZERO(0);
+        MOE_TILE_ZERO(1);
+        MOE_TILE_ZERO(2);
+        MOE_TILE_ZERO(3);
+        MOE_TILE_LOAD(4, operand, 64);
+        MOE_TILE_LOAD(5, operand, 64);
+        MOE_TILE_LOAD(6, operand, 64);
+        MOE_TILE_LOAD(7, operand, 64);
+        for (int64_t round = 0; round < rounds; ++round) {
+            MOE_TILE_DOT(0, 4, 6);
+            MOE_TILE_DOT(2, 5, 6);
+            MOE_TILE_DOT(1, 4, 7);
+            MOE_TILE_DOT(3, 5, 7);
+        }
+        MOE_TILE_STORE(0, sums, 64);
+        MOE_TILE_STORE(1, sums + 256, 64);
+        MOE_TILE_STORE(2, sums + 512, 64);
+        MOE_TILE_STORE(3, sums + 768, 64);
+        asm volatile("" ::"r"(sums) : "memory");  // they are wanted
+        end();
+        return rounds * 4 * 16 * 16 * 32 * 2;
+    }
 };
 
 }  // namespace

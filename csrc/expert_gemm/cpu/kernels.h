@@ -92,6 +92,8 @@ struct Kernels {
     // out[i] = sum over a of y[a * stride + i], in order, skipping a where use[a] is false.
     void (*combine)(const std::byte* y, int64_t stride, const bool* use, int64_t top_k, int64_t n,
                     void* out);
+    // A tile's multiply-adds from registers, `rounds` times; how many operations (multiply_roof.h).
+    int64_t (*multiply)(int64_t rounds);
 
     // Bytes of x (K = H) or h (K = F).
     int64_t packed_bytes(int64_t rows, bool few, int64_t k) const {

@@ -71,6 +71,27 @@ struct VectorTile {
         for (int n = 0; n < kRows; ++n)
             for (int v = 0; v < MV; ++v) L::store(c + (n * MV + v) * kLanes, acc[n][v]);
     }
+
+    // The same steps on operands that stay in registers.
+    static int64_t multiply(int64_t rounds) {
+        using L = typename Op::L;
+        constexpr int kSums = kRows * kMaxVectors;
+        alignas(64) typename Op::X x[L::kWidth * Op::kPair];
+        alignas(64) typename Op::B w[Op::kPair];
+        std::memset(x, 0x3f, sizeof(x));  // 0.7 in bf16 and fp32
+        std::memset(w, 0x3f, sizeof(w));
+        asm volatile("" ::"r"(x), "r"(w) : "memory");  // the compiler must not know what they are
+        const typename Op::Vec xs = Op::load_packed(x), b = Op::broadcast(w);
+        typename L::V acc[kSums];
+        for (int i = 0; i < kSums; ++i) acc[i] = L::set(0.0f);
+        for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 32
+            for (int i = 0; i < kSums; ++i) acc[i] = Op::step(acc[i], xs, b);
+        alignas(64) float sums[kSums * L::kWidth];
+        for (int i = 0; i < kSums; ++i) L::store(sums + i * L::kWidth, acc[i]);
+        asm volatile("" ::"r"(sums) : "memory");  // and must not leave them out
+        return rounds * kSums * L::kWidth * Op::kPair * 2;
+    }
 };
 
 // Rows n of a matrix as the tile wants them: in place, or widened into `scratch`; then the rows
@@ -362,6 +383,7 @@ Kernels make_kernels(const char* isa) {
     k.transpose = &transpose_panel<typename Op::T>;
     if constexpr (__is_same(typename Op::T, BF16)) k.dequantise = &dequantise<typename Op::L>;
     k.combine = &combine_rows<Op>;
+    k.multiply = &Tile::multiply;
     return k;
 }
 
