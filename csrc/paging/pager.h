@@ -172,6 +172,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
 
     std::vector<ReadyPage> next(Ticket& ticket);
     std::vector<ReadyPage> collect(Ticket& ticket);
+    void keep_copies_coming(const Ticket& ticket, std::vector<int32_t>& landed) const;
     FencePtr record_use(const Ticket& ticket) const;
     void note_use(SlotIndex slot, const Ticket& ticket, const FencePtr& fence);
     void release(Ticket& ticket, std::span<const int32_t> indices);

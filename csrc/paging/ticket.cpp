@@ -4,6 +4,7 @@
 #include <unistd.h>
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -56,7 +57,7 @@ std::vector<ReadyPage> Pager::next(Ticket& ticket) {
     return ready;
 }
 
-// The pages a ticket may have now: all that landed; else, for a stream, some that are on their way.
+// The pages a ticket may have now: of those that landed; else, for a stream, some on their way.
 std::vector<ReadyPage> Pager::collect(Ticket& ticket) {
     std::vector<int32_t> landed, coming;
     for (size_t i = 0; i < ticket.items_.size(); ++i) {
@@ -82,6 +83,7 @@ std::vector<ReadyPage> Pager::collect(Ticket& ticket) {
             engine_->wait(*ticket.stream_, ticket.items_[static_cast<size_t>(index)].load->fence);
         landed.swap(coming);
     }
+    if (!ticket.stream_) keep_copies_coming(ticket, landed);
     std::vector<ReadyPage> ready;
     for (const int32_t index : landed) {
         Ticket::Item& item = ticket.items_[static_cast<size_t>(index)];
@@ -90,6 +92,22 @@ std::vector<ReadyPage> Pager::collect(Ticket& ticket) {
         ready.push_back({index, item.load->slot});
     }
     return ready;
+}
+
+// Of the pages that landed, which to compute now, so that no copy waits for a slot longer than it
+// must: those whose slots are waited for; while there are such pages on their way, a quarter of the
+// others at a time, to fill the caller's time until they land. On a stream slots are waited for by
+// the device, and the host is ahead of it.
+void Pager::keep_copies_coming(const Ticket& ticket, std::vector<int32_t>& landed) const {
+    const auto is_waited_for = [&](int32_t index) {
+        return ticket.items_[static_cast<size_t>(index)].successor >= 0;
+    };
+    if (std::any_of(landed.begin(), landed.end(), is_waited_for))
+        std::erase_if(landed, std::not_fn(is_waited_for));
+    else if (std::any_of(ticket.items_.begin(), ticket.items_.end(), [](const Ticket::Item& item) {
+                 return !item.delivered && item.successor >= 0;
+             }))
+        landed.resize((landed.size() + 3) / 4);
 }
 
 // The ticket that was to fetch this page closed before it did: ask for it ourselves.

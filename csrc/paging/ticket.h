@@ -7,12 +7,13 @@
 //     }
 //
 // Pages are delivered in the order they arrive; the first call of next() gives all that were
-// resident. On a device a ticket has the stream its pages are read on: next() delivers pages whose
-// copies are enqueued, a few at a time, and has made the stream wait for them; release() may follow
-// as soon as the kernels that read them are enqueued (pager.h). A working set larger than the free
-// slots streams: released slots are refilled with the rest of the same ticket, so progress needs
-// one slot and the result does not depend on the number of slots. One thread uses a ticket at a
-// time; different tickets may live on different threads. The destructor closes.
+// resident, unless other pages wait for slots: then pages in these slots come first. On a device a
+// ticket has the stream its pages are read on: next() delivers pages whose copies are enqueued, a
+// few at a time, and has made the stream wait for them; release() may follow as soon as the kernels
+// that read them are enqueued (pager.h). A working set larger than the free slots streams: released
+// slots are refilled with the rest of the same ticket, so progress needs one slot and the result
+// does not depend on the number of slots. One thread uses a ticket at a time; different tickets may
+// live on different threads. The destructor closes.
 #pragma once
 
 #include <cstdint>
@@ -41,9 +42,10 @@ class Ticket {
     Ticket(const Ticket&) = delete;
     Ticket& operator=(const Ticket&) = delete;
 
-    // Blocks until an undelivered page is resident; returns all that are, {} when every page was
-    // delivered. Throws PageReadError when a page failed, StateError on timeout or use after
-    // close. After an exception close the ticket; the pager stays usable.
+    // Blocks until an undelivered page is resident; returns all that are, or
+    // some of them when that lets copies start sooner; {} when every page was delivered. Throws
+    // PageReadError when a page failed, StateError on timeout or use after close. After an
+    // exception close the ticket; the pager stays usable.
     std::vector<ReadyPage> next();
     // Gives delivered pages back: their slots may be evicted or refilled from now on. Throws
     // std::invalid_argument for an index that was not delivered or was released before.

@@ -52,6 +52,31 @@ void a_working_set_larger_than_the_pool_streams_through_it() {
     }
 }
 
+void pages_whose_slots_are_waited_for_are_delivered_first() {
+    Pool pool(5);
+    pool.forward(0, {0, 1});
+    pool.source->set_gate(false);
+    const std::vector<int32_t> experts{0, 1, 2, 3, 4, 5, 6, 7};  // six misses, three slots
+    const auto ticket = pool.pager->acquire(0, experts);
+    auto ready = ticket->next();
+    CHECK_EQ(ready.size(), 1u);  // not both: a page that somebody waits behind may land meanwhile
+    CHECK_EQ(ready[0].index, 0);
+    pool.source->set_gate(true);
+    pool.pager->drain();
+    ready = ticket->next();
+    CHECK_EQ(ready.size(), 3u);
+    std::vector<int32_t> indices;
+    for (const ReadyPage& page : ready) {
+        CHECK(page.index >= 2);
+        indices.push_back(page.index);
+    }
+    CHECK_EQ(ticket->next().at(0).index, 1);  // nobody waits for a slot any more but for those
+    ticket->release(indices);
+    pool.pager->drain();
+    CHECK_EQ(ticket->next().size(), 3u);
+    CHECK(ticket->next().empty());
+}
+
 // A prompt that touches every expert of a layer may keep no more than the layer's even share.
 void large_working_sets_leave_the_other_layers_their_pages() {
     Pool pool(8);
@@ -191,6 +216,7 @@ int main() {
     RUN(an_empty_request_is_fine);
     RUN(resident_pages_are_delivered_before_late_ones_arrive);
     RUN(a_working_set_larger_than_the_pool_streams_through_it);
+    RUN(pages_whose_slots_are_waited_for_are_delivered_first);
     RUN(large_working_sets_leave_the_other_layers_their_pages);
     RUN(no_page_of_a_live_ticket_is_evicted);
     RUN(tickets_that_find_no_slot_wait_for_those_that_have_them);
