@@ -326,7 +326,9 @@ def test_paths(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     line = mistake(capsys, command, missing, *prompt)
     assert f"{missing}: no such folder" in line
     assert "has no config.json" in mistake(capsys, command, tmp_path, *prompt)
-    assert "some/model" in mistake(capsys, command, "some/model", *prompt)  # offline, see conftest
+    line = mistake(capsys, command, "some/model", *prompt)  # offline, see conftest
+    assert "some/model" in line
+    assert "hub id that exists and can be reached" in line
 
 
 def test_damaged_files(

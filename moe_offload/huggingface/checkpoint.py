@@ -34,7 +34,7 @@ from moe_offload.sources import CallbackPages, FilePages, Piece
 
 
 @dataclass
-class _Recipe:
+class Recipe:
     """How one or more parameters of one experts module are made from checkpoint tensors."""
 
     first_target: str  # full name of the parameter the converter is filed under
@@ -89,13 +89,13 @@ class CheckpointExperts:
         }
         self._view = _OneExpertView(layers)
         recipes = self._classify_keys(model, weight_mapping)
-        self._recipes: list[dict[str, _Recipe]] = [{} for _ in layers]
+        self._recipes: list[dict[str, Recipe]] = [{} for _ in layers]
         for recipe in recipes:
             self._check_sources(recipe)
         self._check_complete()
         self._check_conversions()
 
-    def _classify_keys(self, model: Any, weight_mapping: list[Any]) -> list[_Recipe]:
+    def _classify_keys(self, model: Any, weight_mapping: list[Any]) -> list[Recipe]:
         """Split the checkpoint's keys into experts and dense, by transformers' own renaming."""
         renamings = [entry for entry in weight_mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in weight_mapping if isinstance(entry, WeightConverter)]
@@ -103,7 +103,7 @@ class CheckpointExperts:
         names: dict[str, Any] = dict.fromkeys([*model.state_dict(), *self._targets], True)
         prefix = model.base_model_prefix
         self.dense: dict[str, TensorRange] = {}
-        recipes: dict[str, _Recipe] = {}
+        recipes: dict[str, Recipe] = {}
         for key in sorted(self.checkpoint.tensors, key=dot_natural_key):
             target, pattern = rename_source_key(key, renamings, converters, prefix, names)
             if target not in names and key in names:  # as transformers: it needed no renaming
@@ -112,11 +112,11 @@ class CheckpointExperts:
                 self.dense[key] = self.checkpoint.tensors[key]
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
-            recipe = recipes.setdefault(target, _Recipe(target, converter))
+            recipe = recipes.setdefault(target, Recipe(target, converter))
             recipe.sources.setdefault(pattern or key, []).append(key)
         return list(recipes.values())
 
-    def _check_sources(self, recipe: _Recipe) -> None:
+    def _check_sources(self, recipe: Recipe) -> None:
         index, _ = self._targets[recipe.first_target]
         num_experts = self.layers[index].num_experts
         if recipe.merges_experts():
@@ -163,7 +163,7 @@ class CheckpointExperts:
                     f"other experts {usual}. The checkpoint is damaged; download it again."
                 )
 
-    def _recipe_targets(self, recipe: _Recipe) -> list[str]:
+    def _recipe_targets(self, recipe: Recipe) -> list[str]:
         if recipe.converter is None:
             return [recipe.first_target]
         first, *rest = (pattern.rstrip("$") for pattern in recipe.converter.target_patterns)
@@ -200,7 +200,7 @@ class CheckpointExperts:
                         "Weights and config.json do not belong together."
                     )
 
-    def recipe(self, layer: int, section: str) -> _Recipe:
+    def recipe(self, layer: int, section: str) -> Recipe:
         """How one parameter is made from the checkpoint's tensors."""
         return self._recipes[layer][section]
 
@@ -270,7 +270,7 @@ class CheckpointExperts:
         return ranges if fits else None
 
     def _direct_ranges(
-        self, recipe: _Recipe, layer: int, expert: int, shape: tuple[int, ...]
+        self, recipe: Recipe, layer: int, expert: int, shape: tuple[int, ...]
     ) -> list[TensorRange] | None:
         """One expert of one section as byte ranges, if it is a plain sequence of rows."""
         tensors = self.checkpoint.tensors
@@ -283,7 +283,7 @@ class CheckpointExperts:
             offset = whole.offset + expert * nbytes
             return [TensorRange(whole.path, whole.dtype_name, shape, offset, nbytes)]
         operations = recipe.operations
-        if len(recipe.converter.target_patterns) != 1 or not _stacks_rows(operations):
+        if len(recipe.converter.target_patterns) != 1 or not stacks_rows(operations):
             return None
         patterns = [p for p in recipe.converter.source_patterns if p in recipe.sources]
         ranges = [tensors[recipe.sources[pattern][expert]] for pattern in patterns]
@@ -306,7 +306,7 @@ class CheckpointExperts:
         return made
 
     def _convert(
-        self, recipe: _Recipe, expert: int, dtype: torch.dtype, on_meta: bool
+        self, recipe: Recipe, expert: int, dtype: torch.dtype, on_meta: bool
     ) -> dict[str, Tensor]:
         """Run the converter on lists that hold this expert only; results are [1, ...]."""
         merges = recipe.merges_experts()
@@ -339,7 +339,7 @@ class CheckpointExperts:
             ) from error
         return self._named(recipe, values)
 
-    def _named(self, recipe: _Recipe, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _named(self, recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """Give the converter's results their full names, as transformers does."""
         targets = self._recipe_targets(recipe)
         named: dict[str, Tensor] = {}
@@ -387,7 +387,7 @@ class _Sections(nn.Module):
             object.__setattr__(self, name, placeholder)
 
 
-def _stacks_rows(operations: list[Any]) -> bool:
+def stacks_rows(operations: list[Any]) -> bool:
     """Is this exactly "stack the experts, then put the sources below each other"?"""
     kinds = [(type(op), getattr(op, "dim", None)) for op in operations]
     return kinds == [(MergeModulelist, 0)] or kinds == [(MergeModulelist, 0), (Concatenate, 1)]

@@ -159,7 +159,15 @@ def _model_config(path: str, options: Mapping[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(path, **hub)
     except OSError as error:
-        raise CheckpointError(f"{path}: {_first_line(error)}") from error
+        hint = (
+            ""
+            if os.path.isdir(path)
+            else (
+                " Give a hub id that exists and can be reached (`huggingface-cli download` keeps a "
+                "copy for offline use, HF_TOKEN opens gated ones), or the folder of a checkpoint."
+            )
+        )
+        raise CheckpointError(f"{path}: {_first_line(error)}{hint}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             f"{path}: transformers {transformers.__version__} cannot read its config.json: "

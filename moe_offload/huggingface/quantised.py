@@ -25,7 +25,7 @@ from moe_offload.backends import choose
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.huggingface.adapters import experts_module
-from moe_offload.huggingface.checkpoint import CheckpointExperts, _Recipe, _stacks_rows
+from moe_offload.huggingface.checkpoint import CheckpointExperts, Recipe, stacks_rows
 from moe_offload.pages import PageLayout
 from moe_offload.quantization import FP8_BLOCK, MXFP4_GROUP, SCALES, dequantise_fp8_block
 from moe_offload.safetensors_file import Checkpoint, TensorRange
@@ -214,7 +214,7 @@ def _stored_layer(experts: CheckpointExperts, index: int) -> dict[str, _Stored]:
 
 def _plain(
     experts: CheckpointExperts,
-    recipe: _Recipe,
+    recipe: Recipe,
     index: int,
     name: str,
     shape: tuple[int, ...],
@@ -232,7 +232,7 @@ def _plain(
 
 
 def _mxfp4(
-    experts: CheckpointExperts, recipe: _Recipe, index: int, where: str
+    experts: CheckpointExperts, recipe: Recipe, index: int, where: str
 ) -> dict[str, _Stored]:
     """Blocks [E, N, K / 32, 16] and scales [E, N, K / 32], whatever the parameter's orientation."""
     tensors = experts.checkpoint.tensors
@@ -266,14 +266,14 @@ def _mxfp4(
     }
 
 
-def _fp8(experts: CheckpointExperts, recipe: _Recipe, where: str) -> dict[str, _Stored]:
+def _fp8(experts: CheckpointExperts, recipe: Recipe, where: str) -> dict[str, _Stored]:
     """Per-expert codes [N, K] below each other, and likewise their grids of scales."""
     assert recipe.converter is not None
     dequantise, *rest = recipe.operations
     block = tuple(dequantise.hf_quantizer.quantization_config.weight_block_size or ())
     if block != (FP8_BLOCK, FP8_BLOCK):
         raise _AsDequantised(f"its fp8 blocks are {block}, the kernels' {FP8_BLOCK} x {FP8_BLOCK}")
-    if not _stacks_rows(rest) or len(recipe.converter.target_patterns) != 1:
+    if not stacks_rows(rest) or len(recipe.converter.target_patterns) != 1:
         raise _AsDequantised(f"{where} is not made of its experts' rows alone")
     tensors = experts.checkpoint.tensors
     patterns = [p for p in recipe.converter.source_patterns if p in recipe.sources]
