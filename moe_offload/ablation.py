@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from moe_offload.config import format_bytes
+from moe_offload.console import aligned, progress
 from moe_offload.errors import MoEOffloadError, PredictorError
 from moe_offload.huggingface.attach import get_offloader
 from moe_offload.huggingface.observe import observe
@@ -83,13 +84,14 @@ def ablate(
     }
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     stats: dict[str, Row] = {}
-    for _ in range(repeats):
-        for name, make in makers.items():
+    with progress(total=repeats * len(makers), desc="Ablation", unit="run") as bar:
+        for name, make in [*makers.items()] * repeats:
             tokens, taken, stats[name] = run(make())
             if not all(map(torch.equal, tokens, reference)):
                 offloader.predict_with(model, None)
                 raise AblationError(f"ablate: {name} changed the tokens")
             seconds[name].append(taken)
+            bar.update()
     offloader.predict_with(model, None)
     generated = sum(
         int(out.numel() - prompt["input_ids"].numel())
@@ -182,14 +184,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row['tokens_per_second']:.1f}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return "\n".join(aligned(lines))
 
 
 def bound(rows: Sequence[Row], num_layers: int, page_bytes: int) -> Row:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload.config import OffloadConfig, format_bytes
+from moe_offload.console import progress
 from moe_offload.errors import CheckpointError, InputError
 from moe_offload.models import tiny_moe_path
 
@@ -135,15 +136,12 @@ def load_model(path: str, config: OffloadConfig) -> tuple[Any, Any]:
 
 
 def _fill(pool: Any) -> None:
-    from tqdm import tqdm
-
-    bar = tqdm(
+    bar = progress(
         total=pool.num_pages * pool.layout.payload_bytes,
         desc="Reading experts",
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
-        disable=not sys.stderr.isatty(),
     )
     with bar, ThreadPoolExecutor(1) as executor:
         filling = executor.submit(pool.fill)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from moe_offload.console import aligned, progress
 from moe_offload.errors import InputError, TraceError
 from moe_offload.policies import POLICIES
 from moe_offload.replay import ReplayResult, replay_grid
@@ -32,7 +33,9 @@ def replay(args: argparse.Namespace) -> int:
     policies = list(POLICIES) if args.policy == ["all"] else args.policy
     try:
         trace = read_trace(args.trace)
-        results = list(replay_grid(trace, policies, args.cap, args.batch))
+        grid = replay_grid(trace, policies, args.cap, args.batch)
+        total = len(policies) * len(args.cap) * len(args.batch)
+        results = list(progress(grid, total=total, desc="Replay"))
     except TraceError:
         raise
     except (ValueError, FileNotFoundError) as error:
@@ -64,9 +67,7 @@ def table(results: Sequence[ReplayResult]) -> str:
     for result in results:
         row = result.row()
         rows.append([_cell(name, row[name]) for name in _COLUMNS])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(lines)
+    return "\n".join(aligned(rows))
 
 
 def _cell(name: str, value: Any) -> str:

@@ -9,7 +9,6 @@ Speeds are from this one run on this machine; bench/ has the measurements.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from moe_offload.cli_generate import (
     write_now,
 )
 from moe_offload.config import format_bytes
+from moe_offload.console import aligned, progress
 from moe_offload.errors import CheckpointError
 from moe_offload.models import tiny_moe_path
 
@@ -137,8 +137,6 @@ def _offloaded_runs(
     inputs: list[Any],
     reference: list[Completion],
 ) -> list[Row]:
-    from tqdm import tqdm
-
     from moe_offload.huggingface import from_pretrained, get_offloader
 
     model = from_pretrained(path, device_budget=BUDGETS[0])
@@ -156,8 +154,7 @@ def _offloaded_runs(
         smallest = offloader.smallest_budget_bytes
         rows = [_offloaded_row(SHOWN, model, offloader, tokenizer, inputs, reference, prompts)]
         others: list[int | str] = [smallest, *BUDGETS]
-        bar = tqdm(others, desc="Other budgets", leave=False, disable=not sys.stderr.isatty())
-        for budget in bar:
+        for budget in progress(others, desc="Other budgets"):
             offloader.resize(budget)
             offloader.reset_stats()
             name = "smallest" if budget == smallest else str(budget)
@@ -247,14 +244,5 @@ def _table(rows: list[Row]) -> str:
                 {None: "reference", True: "yes", False: "NO"}[row.identical],
             )
         )
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in cells
-    ]
+    lines = aligned(cells)
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

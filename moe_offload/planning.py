@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload.config import OffloadConfig, format_bytes, parse_budget
+from moe_offload.console import aligned
 from moe_offload.offloader import ExpertLayer, plan_slots, smallest_budget
 from moe_offload.pages import PageLayout
 
@@ -118,12 +119,11 @@ class Plan:
 
     def __str__(self) -> str:
         rows = list(self._rows())
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
         head = f"{self.model} ({self.architecture}), budget {self.device_budget}"
-        lines = [f"{name:<{widths[0]}}  {size:>{widths[1]}}  {what}" for name, size, what in rows]
+        lines = aligned(rows, left=(0, 2))
         if self.lossy is not None:
             lines.append(f"LOSSY: {self.lossy} is on, the tokens are not the resident model's")
-        return "\n".join([head, "", *(line.rstrip() for line in lines)])
+        return "\n".join([head, "", *lines])
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         """Name, size and explanation of each line of the table."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload.config import format_bytes
+from moe_offload.console import aligned
 from moe_offload.errors import MoEOffloadError, StateError
 from moe_offload.memory import available_memory_bytes
 from moe_offload.offloader import Offloader
@@ -84,13 +85,11 @@ class VerifyReport:
             misses = f"{row.stats.get('demand_misses', 0)}"
             diff = f"{row.max_abs_logit_diff:.3g}"
             table.append((row.setting, f"{row.prompt}", f"{row.new_tokens}", where, diff, misses))
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table]
         verdict = "identical" if self.identical_tokens else "DIFFERENT"
         return "\n".join(
             [
                 f"{self.model}, offloaded against {self.reference}",
-                *(line.rstrip() for line in lines),
+                *aligned(table, left=range(len(header))),
                 f"tokens {verdict}, max |logit difference| {self.max_abs_logit_diff:.3g}",
             ]
         )

@@ -264,15 +264,21 @@ def test_tiny_is_the_packaged_model(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(
     not (tiny_moe_path() / "model.safetensors").is_file(), reason="the packaged model is absent"
 )
-def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
     readme = Path(moe_offload.__file__).parent.parent / "README.md"
     if not readme.is_file():
         pytest.skip("needs the source tree")
-    (example,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    exec(example, {})
+    ten_lines, own_model = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    exec(ten_lines, {})
     text, hit_rate = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
     assert text.startswith("Once upon a time")
     assert 0 < float(hit_rate) < 1
+
+    names = {"torch": torch, "moe_offload": moe_offload, "H": 16, "E": 8}
+    names |= {"gate_up": torch.randn(8, 24, 16), "down": torch.randn(8, 16, 12)}
+    names["hidden"] = torch.randn(2, 3, 16)
+    exec(own_model, names)
+    assert names["out"].shape == (2, 3, 16)
 
 
 # --- mistakes ---------------------------------------------------------------------------------
