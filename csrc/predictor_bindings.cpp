@@ -2,9 +2,12 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "predictors/dense.h"
+#include "predictors/ranking.h"
 #include "predictors/rpp_step.h"
 
 namespace py = pybind11;
@@ -141,9 +144,61 @@ class BoundRpp {
     std::unique_ptr<RppStep> step_;
 };
 
+Ranking ranking(const Floats& scores) {
+    if (scores.ndim() != 2 || scores.shape(0) < 1)
+        throw std::invalid_argument("Ranking: expected scores [rows, experts], got " +
+                                    py::str(scores.attr("shape")).cast<std::string>());
+    return {std::vector<float>(scores.data(), scores.data() + scores.size()),
+            size_of(scores.shape(0))};
+}
+
+// None where the call had other tokens than were predicted.
+std::optional<std::tuple<int64_t, int64_t, int64_t>> found(const Ranking& ranking, const Ids& used,
+                                                           size_t near, size_t deep) {
+    if (used.ndim() != 2)
+        throw std::invalid_argument("Ranking: expected ids [rows, top_k], got " +
+                                    py::str(used.attr("shape")).cast<std::string>());
+    if (size_of(used.shape(0)) != ranking.rows()) return std::nullopt;
+    const Found found = ranking.found({used.data(), size_of(used.size())}, near, deep);
+    return std::tuple{found.tokens, found.near, found.deep};
+}
+
+template <typename T>
+std::vector<T> copy_of(std::span<const T> values) {
+    return {values.begin(), values.end()};
+}
+
+void check_experts(const Ranking& ranking, const std::vector<int32_t>& experts) {
+    for (const int32_t expert : experts)
+        if (expert < 0 || static_cast<size_t>(expert) >= ranking.order().size())
+            throw std::invalid_argument("Ranking: expected experts in [0, " +
+                                        std::to_string(ranking.order().size()) + "), got " +
+                                        std::to_string(expert));
+}
+
 }  // namespace
 
 void bind_predictors(py::module_& m) {
+    py::class_<Chances>(m, "Chances")
+        .def(py::init<>())
+        .def("chance", &Chances::chance, "score"_a)
+        .def("learn", &Chances::learn, "score"_a, "used"_a)
+        .def("fade", &Chances::fade);
+    py::class_<Ranking>(m, "Ranking")
+        .def(py::init(&ranking), "scores"_a)
+        .def_property_readonly("rows", &Ranking::rows)
+        .def_property_readonly("chance", [](const Ranking& r) { return copy_of(r.chance()); })
+        .def_property_readonly("order", [](const Ranking& r) { return copy_of(r.order()); })
+        .def("likely", &Ranking::likely, "chances"_a, "threshold"_a, "count"_a)
+        .def("found", &found, "used"_a, "near"_a, "deep"_a)
+        .def(
+            "teach",
+            [](const Ranking& r, Chances& chances, const std::vector<int32_t>& absent,
+               const Ids& used) {
+                check_experts(r, absent);
+                r.teach(chances, absent, {used.data(), size_of(used.size())});
+            },
+            "chances"_a, "absent"_a, "used"_a);
     m.def("dense", &dense, "x"_a, "w"_a, "isa"_a = "");
     m.def("dense_isas", &small_product_isas);
     py::class_<BoundRpp>(m, "RppStep")

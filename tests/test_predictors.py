@@ -16,11 +16,11 @@ import tiny_models
 from tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, prompt_ids, tiny_model
 
 import moe_offload
+from moe_offload._core import Chances
 from moe_offload.errors import PageReadError, PredictorError
 from moe_offload.huggingface.observe import observe
 from moe_offload.predictors import make_predictor
 from moe_offload.predictors.base import ModelFacts, Prediction, Predictions, Predictor
-from moe_offload.predictors.chances import Chances
 from moe_offload.predictors.oracle import CallRecorder, Oracle
 from moe_offload.predictors.preattention import PreAttention
 from moe_offload.predictors.pregate import PreGate, PreGates, PreGateShape

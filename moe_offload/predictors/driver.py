@@ -2,7 +2,7 @@
 
 A wrong prefetch moves as many bytes as a right one saves, so a page is fetched ahead only when the
 chance that it will be used is at least `threshold` (1/2: expected bytes saved >= expected bytes
-wasted); `chances.py` learns that chance from the predictor's score.
+wasted); `csrc/predictors/ranking.h` learns that chance from the predictor's score.
 
 How many: what fits into the time until the layer needs it. That time is measured, and so is what
 a miss costs (stall per missed page); their ratio is the budget of one event, most probable pages
@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
+from moe_offload._core import Chances, Ranking
 from moe_offload.huggingface.observe import ModelCall, Observer, observe
 from moe_offload.predictors.base import Predictions, Predictor, facts_of
-from moe_offload.predictors.chances import Chances
 from moe_offload.predictors.metrics import LiveRecall
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ class PrefetchDriver:
             self._asked.setdefault(layer, []).append(asked)
             if self._tells_policy:
                 pool, local = self._pools[layer]
-                pool.pager.predict(local, asked.order, [asked.score[e] for e in asked.order])
+                order, chance = asked.ranking.order, asked.ranking.chance
+                pool.pager.predict(local, order, [chance[expert] for expert in order])
             if now < 0:
                 self._standing[layer] = asked  # its turn comes
             else:
@@ -207,12 +208,8 @@ class PrefetchDriver:
         chances = self._chances.get(asked.moment)
         if chances is None:
             chances = self._chances[asked.moment] = Chances()
-        score, threshold = asked.score, self.threshold
-        likely = [
-            expert
-            for expert in asked.order[: asked.rows * max(self.recall.deep, 1)]
-            if chances.chance(score[expert]) >= threshold
-        ]
+        ranking = asked.ranking
+        likely = ranking.likely(chances, self.threshold, ranking.rows * max(self.recall.deep, 1))
         started = self._started.setdefault(layer, set())
         if not started.issubset(likely):
             pool.pager.cancel_prefetches(local, likely)
@@ -244,18 +241,15 @@ class PrefetchDriver:
             self.recall.begin(topk_ids.shape[1])
         if asked_list is None:
             return
-        rows: list[list[int]] = topk_ids.tolist()
-        used = set(rows[0]).union(*rows[1:])
+        used = topk_ids.cpu().numpy()
         for asked in asked_list:
-            self.recall.add(asked.moment, layer, asked, rows)
+            self.recall.add(asked.moment, layer, asked.ranking, used)
             if asked.begin_ns:
                 lead = now_ns - asked.begin_ns
                 before = self._lead_ns.get(asked.moment, lead)
                 self._lead_ns[asked.moment] = 0.9 * before + 0.1 * lead
             if asked.absent:
-                chances = self._chances[asked.moment]
-                for expert in asked.absent:
-                    chances.learn(asked.score[expert], expert in used)
+                asked.ranking.teach(self._chances[asked.moment], asked.absent, used)
 
     def _measure_miss(self) -> None:
         """Seconds the model waits per page it misses, from the pagers' own counters."""
@@ -317,18 +311,14 @@ class _Asked:
 
     Attributes:
         moment: when it was made, see `LiveRecall`.
-        scores: [R, E] of the tokens; `rows` is R.
-        score: [E] chance that any of the tokens uses an expert; `order`: experts, best first.
+        ranking: what was said.
         absent: which of the likely ones were absent. begin_ns: when their copies were asked for.
     """
 
-    __slots__ = ("absent", "begin_ns", "moment", "order", "rows", "score", "scores")
+    __slots__ = ("absent", "begin_ns", "moment", "ranking")
 
     def __init__(self, moment: str, scores: np.ndarray) -> None:
-        self.moment, self.scores, self.rows = moment, scores, len(scores)
-        score = scores[0] if self.rows == 1 else 1 - np.prod(1 - scores, axis=0)
-        self.order: list[int] = (-score).argsort(kind="stable").tolist()
-        self.score: list[float] = score.tolist()
+        self.moment, self.ranking = moment, Ranking(scores)
         self.absent: list[int] = []
         self.begin_ns = 0
 

@@ -8,17 +8,9 @@ and the number with it. The second always comes with the size of its candidate s
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
-
-def top_ids(scores: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` largest of the last axis, largest first: [..., E] -> [..., count]."""
-    count = min(count, scores.shape[-1])
-    part = np.argpartition(-scores, count - 1, axis=-1)[..., :count]
-    order = np.argsort(-np.take_along_axis(scores, part, -1), axis=-1, kind="stable")
-    return np.take_along_axis(part, order, -1)
+from moe_offload._core import Ranking
 
 
 class RecallMeter:
@@ -101,14 +93,6 @@ class RecallMeter:
         }
 
 
-class Ranked(Protocol):
-    """A prediction as the driver keeps it: scores [R, E]; for R = 1 also experts, best first."""
-
-    rows: int
-    order: list[int]
-    scores: np.ndarray
-
-
 class LiveRecall:
     """Recall of predictions against what was then routed, per layer and per moment.
 
@@ -128,23 +112,16 @@ class LiveRecall:
         self.top_k = top_k
         self.deep = top_k + max(1, top_k // 2)
 
-    def add(self, moment: str, layer: int, asked: Ranked, rows: list[list[int]]) -> None:
-        """One prediction against the ids [R][A] that were used; rows of ids >= E do not count."""
-        if asked.rows != len(rows):
+    def add(self, moment: str, layer: int, ranking: Ranking, used: np.ndarray) -> None:
+        """One prediction against the ids [R, A] that were used; rows of ids >= E do not count."""
+        found = ranking.found(used, self.top_k, self.deep)
+        if found is None:  # of other tokens
             return
         if moment not in self._rows:
             self._rows[moment] = np.zeros((3, self._num_layers))
-        if len(rows) == 1:  # the decode path: plain Python is faster than arrays of a few numbers
-            used = rows[0]
-            hit = [expert in used for expert in asked.order[: self.deep]]
-            near, deep = sum(hit[: self.top_k]), sum(hit)
-        else:
-            top = top_ids(asked.scores, self.deep)
-            found = (top[:, :, None] == np.array(rows)[:, None, :]).any(-1)  # [R, A + m]
-            near, deep = int(found[:, : self.top_k].sum()), int(found.sum())
-        num_experts = asked.scores.shape[1]
+        tokens, near, deep = found
         row = self._rows[moment]
-        row[0, layer] += sum(min(used) < num_experts for used in rows)
+        row[0, layer] += tokens
         row[1, layer] += near / self.top_k
         row[2, layer] += deep / self.top_k
 
