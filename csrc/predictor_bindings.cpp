@@ -71,7 +71,10 @@ class BoundRpp {
         shape.d_kv = size_of(keys.shape(2));
         shape.outputs = size_of(head.shape(1));
         shape.max_decoded = size_of(positions.shape(1));
-        shape.d_ff = blocks[0].size() == 6 ? size_of(blocks[0][4].shape(1)) : 0;
+        if (blocks[0].size() == 6 && blocks[0][4].ndim() == 3) {
+            shape.panel = size_of(blocks[0][4].shape(2));
+            shape.d_ff = size_of(blocks[0][4].shape(0)) * shape.panel;
+        }
         const size_t batch = size_of(keys.shape(0)), prompt = size_of(keys.shape(3));
         const size_t d_model = shape.d_model, inner = shape.inner();
         weights.embed = embed.data();
@@ -93,9 +96,14 @@ class BoundRpp {
                 throw std::invalid_argument("rpp: expected six matrices per block, got " +
                                             std::to_string(block.size()));
             for (size_t i = 0; i < 6; ++i) {
+                if (i == 4) continue;
                 data[i] = keep(block[i], "a block's matrix").data();
                 expect(block[i], sizes[i][0], sizes[i][1], "a block's matrix");
             }
+            data[4] = keep(block[4], "a block's panels", 3).data();
+            if (size_of(block[4].size()) != d_model * shape.d_ff ||
+                size_of(block[4].shape(2)) != shape.panel)
+                throw std::invalid_argument("rpp: the blocks' panels differ in size");
             weights.blocks.push_back({data[0], data[1], data[2], data[3], data[4], data[5]});
         }
         std::vector<RppMemory> read;

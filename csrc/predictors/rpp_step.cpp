@@ -103,8 +103,9 @@ void RppStep::step(std::span<const int64_t> tokens, std::span<float> logits) {
         dense({mixed_.data(), inner}, {block.cross_out, d_model}, x_.data(), d_model, batch_, inner,
               d_model, true);
         normalise();
-        dense(normed, {block.up, shape.d_ff}, up_.data(), shape.d_ff, batch_, d_model, shape.d_ff,
-              false);
+        for (size_t n = 0; n < shape.d_ff; n += shape.panel)
+            dense(normed, {block.up + n * d_model, shape.panel}, &up_[n], shape.d_ff, batch_,
+                  d_model, shape.panel, false);
         for (float& value : up_) value = std::max(value, 0.0F);
         dense({up_.data(), shape.d_ff}, {block.down, d_model}, x_.data(), d_model, batch_,
               shape.d_ff, d_model, true);

@@ -14,6 +14,7 @@ namespace moe_offload {
 
 struct RppShape {
     size_t vocab = 0, d_model = 0, d_ff = 0, num_heads = 0, d_kv = 0, token_width = 0;
+    size_t panel = 0;        // columns of `up` that lie together, a divisor of d_ff
     size_t outputs = 0;      // layers x experts
     size_t max_decoded = 0;  // positions kept; when they are full the older half leaves
     size_t inner() const { return num_heads * d_kv; }
@@ -25,7 +26,7 @@ struct RppBlock {
     const float* out;        // [inner, d_model]
     const float* cross_q;    // [d_model, inner]
     const float* cross_out;  // [inner, d_model]
-    const float* up;         // [d_model, d_ff]
+    const float* up;         // [d_ff / panel, d_model, panel]: read from memory in one stream
     const float* down;       // [d_ff, d_model]
 };
 

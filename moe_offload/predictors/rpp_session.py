@@ -48,10 +48,17 @@ def _folded(block: _DecoderBlock) -> list[np.ndarray]:
         _array(block.attention.out.weight).T,
         _array(block.cross.q.weight).T * cross[:, None],
         _array(block.cross.out.weight).T,
-        _array(block.up.weight).T * _array(block.mlp_norm.weight)[:, None],
+        _panels(_array(block.up.weight).T * _array(block.mlp_norm.weight)[:, None]),
         _array(block.down.weight).T,
     )
     return [np.ascontiguousarray(matrix) for matrix in found]
+
+
+def _panels(matrix: np.ndarray) -> np.ndarray:
+    """[d_model, d_ff] -> [d_ff / 64, d_model, 64], so that products read it in one stream."""
+    rows, columns = matrix.shape
+    width = 64 if columns % 64 == 0 else columns
+    return matrix.reshape(rows, -1, width).transpose(1, 0, 2)
 
 
 class RppSession:
