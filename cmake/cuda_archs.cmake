@@ -1,6 +1,6 @@
 # Sets cuda_archs, the architectures to compile for. `80` is machine code for sm_80 (which sm_86 and
-# sm_89 run too) and PTX that any newer GPU's driver can translate; `90a` has Hopper's own
-# instructions, which exist for that one architecture only.
+# sm_89 run too: nothing in the kernels is for them alone) and PTX that any newer GPU's driver can
+# translate; `90a` has Hopper's own instructions, which exist for that one architecture only.
 set(cuda_archs ${MOE_OFFLOAD_CUDA_ARCHS})
 if(NOT cuda_archs)
   find_program(NVIDIA_SMI nvidia-smi)
@@ -24,6 +24,6 @@ if(NOT cuda_archs)
   endif()
 endif()
 if(NOT cuda_archs)
-  set(cuda_archs 80 86-real 89-real 90a-real)
+  set(cuda_archs 80 90a-real)
 endif()
 message(STATUS "moe_offload: CUDA architectures ${cuda_archs}")
