@@ -73,9 +73,10 @@ struct AmxTile {
         }
     };
 
-    template <int MV>
+    template <class Block>
     static void run(const BF16* x, const BF16* const* w, int64_t k_size, int64_t prefetch,
                     float* c) {
+        constexpr int MV = Block::kVectors;
         Rows first(w), second(w + 16);
         constexpr int64_t kStride = MV * 64;  // bytes from one pair of k to the next
         MOE_TILE_ZERO(0);

@@ -11,7 +11,8 @@
 //       holds one k of `lanes` rows; weights are broadcast from where they are, element by element
 //       (bf16: pair by pair, for dot-product instructions). Nothing of a weight is ever copied,
 //       and the epilogue of gate/up writes h directly in the layout that down reads.
-//       Block b, MV = vectors in it, pairs of bf16:  [K / 2][MV * lanes][2], K padded with zeros.
+//       Block b of pairs of bf16:  [K / 2][width][2], K padded with zeros, width its rows padded to
+//       whole vectors, or (AVX-512-BF16) to half a vector beyond whole ones.
 //
 // A result element is always summed over k in the same order, whatever tile, chunk or thread it
 // falls to: bits depend on the instruction set, the dtype and few-or-many only.
@@ -69,7 +70,7 @@ struct Kernels {
     const char* isa;
     int64_t few_rows;    // up to so many rows the few-row kernels are faster
     int64_t block_rows;  // rows of a full block
-    int64_t lanes;       // rows of a vector; a block has 1 .. block_rows / lanes vectors
+    int64_t lanes;       // rows of a vector; a block has at most block_rows / lanes vectors
     int64_t few_item;    // bytes of an element of x and h, few rows
     int64_t block_item;  // the same, many rows
     int64_t (*few_stride)(int64_t k);  // elements from row to row of few-row x and h

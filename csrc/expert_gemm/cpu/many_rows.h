@@ -1,6 +1,6 @@
 // Many rows per expert: bound by arithmetic.
 //
-// A tile is NR rows of weights times one block of MV vectors of packed rows (see kernels.h): per k,
+// A tile is NR rows of weights times one block of MV vectors of packed rows (row_blocks.h): per k,
 // MV loads of x and NR broadcasts of weight elements for NR * MV multiply-adds, so with NR = 8 and
 // MV = 3 the multiply unit is the limit (24 of them per 3 loads and 8 broadcasts, which the load
 // ports do in 7 cycles). Broadcasting from row-major weights needs no transposed copy of them.
@@ -15,6 +15,7 @@
 #include "expert_gemm/cpu/few_rows.h"
 #include "expert_gemm/cpu/kernels.h"
 #include "expert_gemm/cpu/ops.h"
+#include "expert_gemm/cpu/row_blocks.h"
 #include "expert_gemm/cpu/transpose.h"
 
 namespace moe_offload {
@@ -30,46 +31,50 @@ struct VectorTile {
     static void begin() {}
     static void end() {}
 
-    // c[n][MV * lanes] = sum_k w[n][k] x[k][:]
-    template <int MV>
+    // c[n][Block::kStride] = sum_k w[n][k] x[k][:]
+    template <class Block>
     static void run(const typename Op::X* x, const typename Op::B* const* w, int64_t k_size,
                     int64_t prefetch, float* c) {
         using L = typename Op::L;
-        constexpr int kLanes = L::kWidth, kPair = Op::kPair;
+        constexpr int kLanes = L::kWidth, kPair = Op::kPair, MV = Block::kVectors;
         typename L::V acc[kRows][MV];
+        [[maybe_unused]] typename HalfSum<Op>::V half[kRows] = {};
         for (int n = 0; n < kRows; ++n)
             for (int v = 0; v < MV; ++v) acc[n][v] = L::set(0.0f);
         const int64_t steps = k_size / kPair;
         // One cache line of each weight row at a time: its successor in the next tile is fetched.
         constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename Op::B)) / kPair;
         int64_t s = 0;
-        const auto step = [&](int64_t at) {
+        const auto step = [&](int64_t at, const auto& weight) {
+            const typename Op::X* xk = x + at * Block::kWidth * kPair;
             typename Op::Vec xs[MV];
-            for (int v = 0; v < MV; ++v)
-                xs[v] = Op::load_packed(x + (at * MV + v) * kLanes * kPair);
+            for (int v = 0; v < MV; ++v) xs[v] = Op::load_packed(xk + v * kLanes * kPair);
 #pragma GCC unroll 16
             for (int n = 0; n < kRows; ++n) {
-                const typename Op::Vec b = Op::broadcast(w[n] + at * kPair);
+                const typename Op::Vec b = weight(n);
                 for (int v = 0; v < MV; ++v) acc[n][v] = Op::step(acc[n][v], xs[v], b);
+                if constexpr (Block::kHalf)
+                    half[n] =
+                        Op::step(half[n], Op::load_half(xk + MV * kLanes * kPair), Op::half(b));
             }
+        };
+        const auto whole_step = [&](int64_t at) {
+            step(at, [&](int n) { return Op::broadcast(w[n] + at * kPair); });
         };
         for (; s + kLine <= steps; s += kLine) {
             if (prefetch)
                 for (int n = 0; n < kRows; ++n)
                     __builtin_prefetch(w[n] + s * kPair + prefetch, 0, 2);
-            for (int64_t i = 0; i < kLine; ++i) step(s + i);
+            for (int64_t i = 0; i < kLine; ++i) whole_step(s + i);
         }
-        for (; s < steps; ++s) step(s);
-        if (steps * kPair < k_size) {
-            for (int n = 0; n < kRows; ++n) {
-                const typename Op::Vec b = Op::broadcast_last(w[n] + steps * kPair);
-                for (int v = 0; v < MV; ++v)
-                    acc[n][v] = Op::step(acc[n][v],
-                                         Op::load_packed(x + (steps * MV + v) * kLanes * kPair), b);
-            }
+        for (; s < steps; ++s) whole_step(s);
+        if (steps * kPair < k_size)
+            step(steps, [&](int n) { return Op::broadcast_last(w[n] + steps * kPair); });
+        for (int n = 0; n < kRows; ++n) {
+            float* row = c + n * Block::kStride;
+            for (int v = 0; v < MV; ++v) L::store(row + v * kLanes, acc[n][v]);
+            if constexpr (Block::kHalf) L::store(row + MV * kLanes, Op::whole(half[n]));
         }
-        for (int n = 0; n < kRows; ++n)
-            for (int v = 0; v < MV; ++v) L::store(c + (n * MV + v) * kLanes, acc[n][v]);
     }
 
     // The same steps on operands that stay in registers.
@@ -122,40 +127,6 @@ size_t scratch_bytes(int64_t max_k) {
     return Op::kConvert ? static_cast<size_t>(Tile::kRows * max_k) * sizeof(float) : 0;
 }
 
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
-
-// Call f(block's first row, number of its rows, its vectors as a constant).
-template <class Tile, class F>
-inline void for_blocks(int64_t rows, const F& f) {
-    constexpr int64_t kLanes = Tile::Op::L::kWidth;
-    constexpr int64_t kBlock = kLanes * Tile::kMaxVectors;
-    for (int64_t first = 0; first < rows; first += kBlock) {
-        const int64_t count = rows - first < kBlock ? rows - first : kBlock;
-        const int64_t vectors = (count + kLanes - 1) / kLanes;
-        if constexpr (Tile::kMaxVectors >= 3) {
-            if (vectors == 3) {
-                f(first, count, Constant<3>{});
-                continue;
-            }
-        }
-        if constexpr (Tile::kMaxVectors >= 2) {
-            if (vectors == 2) {
-                f(first, count, Constant<2>{});
-                continue;
-            }
-        }
-        f(first, count, Constant<1>{});
-    }
-}
-
-template <class Tile>
-inline int64_t padded_k(int64_t k) {
-    return (k + Tile::kBlockPad - 1) / Tile::kBlockPad * Tile::kBlockPad;
-}
-
 template <class Op>
 inline typename Op::L::V bias_at(const std::byte* bias, int64_t stride, int64_t n) {
     if (!bias) return Op::L::set(0.0f);
@@ -198,14 +169,14 @@ void gate_up_many(const GateUpArgs& a) {
         const int64_t covered = f + features < a.inner ? features : h_k - f;
         const int64_t prefetch = f + ahead < a.end ? ahead * a.row_stride / kItem : 0;
         tile_rows<Tile>(from, a.hidden, prefetch, w, a.scratch);
-        for_blocks<Tile>(a.rows, [&](int64_t first, int64_t, auto vectors) {
-            constexpr int MV = decltype(vectors)::value;
+        for_blocks<Tile>(a.rows, [&](int64_t first, int64_t, auto block) {
+            using B = decltype(block);
             const auto* x = static_cast<const typename Op::X*>(a.x) + first * x_k;
             auto* h = static_cast<typename Op::X*>(a.h) + first * h_k;
-            Tile::template run<MV>(x, w, a.hidden, first == 0 && !Op::kConvert ? prefetch : 0, c);
+            Tile::template run<B>(x, w, a.hidden, first == 0 && !Op::kConvert ? prefetch : 0, c);
             for (int64_t i = 0; i < covered; i += 2) {
                 typename L::V pair[2];
-                for (int v = 0; v < MV; ++v) {
+                for (int v = 0; v < B::kVectors + B::kHalf; ++v) {
                     for (int j = 0; j < 2; ++j) {
                         const int64_t n = i + j;
                         if (f + n >= a.inner) {  // padding of K in the second product
@@ -213,22 +184,25 @@ void gate_up_many(const GateUpArgs& a) {
                             continue;
                         }
                         const auto up_n = gated ? features + n : n;
-                        const auto up = L::load(c + (up_n * MV + v) * kLanes) +
+                        const auto up = L::load(c + up_n * B::kStride + v * kLanes) +
                                         bias_at<Op>(a.up_bias, a.bias_stride, f + n);
-                        const auto gate = gated ? L::load(c + (n * MV + v) * kLanes) +
+                        const auto gate = gated ? L::load(c + n * B::kStride + v * kLanes) +
                                                       bias_at<Op>(a.gate_bias, a.bias_stride, f + n)
                                                 : up;
                         pair[j] = activate<L>(a.activation, gate, up);
                     }
-                    // [K / pair][MV * lanes][pair]
-                    if (Op::kPair == 2)
-                        Op::store_pair(h + ((f + i) / 2 * MV + v) * kLanes * 2, 0, pair[0],
-                                       pair[1]);
-                    else if (f + i + 1 < h_k)
-                        Op::store_pair(h + ((f + i) * MV + v) * kLanes, MV * kLanes, pair[0],
-                                       pair[1]);
+                    // [K / pair][width][pair]
+                    auto* to = h + (f + i) * B::kWidth + v * kLanes * Op::kPair;
+                    if constexpr (B::kHalf) {
+                        if (v == B::kVectors) {
+                            Op::store_half_pair(to, pair[0], pair[1]);
+                            continue;
+                        }
+                    }
+                    if (Op::kPair == 2 || f + i + 1 < h_k)
+                        Op::store_pair(to, B::kWidth, pair[0], pair[1]);
                     else
-                        Op::store_h(h + ((f + i) * MV + v) * kLanes, pair[0]);
+                        Op::store_h(to, pair[0]);
                 }
             }
         });
@@ -286,50 +260,19 @@ void down_many(const DownArgs& a) {
         }
         const int64_t prefetch = n + ahead < a.end ? ahead * a.row_stride / kItem : 0;
         tile_rows<Tile>(from, a.inner, prefetch, w, a.scratch);
-        for_blocks<Tile>(a.rows, [&](int64_t first, int64_t rows, auto vectors) {
-            constexpr int MV = decltype(vectors)::value;
+        for_blocks<Tile>(a.rows, [&](int64_t first, int64_t rows, auto block) {
+            using B = decltype(block);
             const auto* h = static_cast<const typename Op::X*>(a.h) + first * h_k;
-            Tile::template run<MV>(h, w, a.inner, first == 0 && !Op::kConvert ? prefetch : 0, c);
+            Tile::template run<B>(h, w, a.inner, first == 0 && !Op::kConvert ? prefetch : 0, c);
             for (int64_t i = 0; i < Tile::kRows && n + i < a.end; i += 8) {
                 const int64_t left = a.end - n - i;
-                store_columns<Op>(c + i * MV * kLanes, MV * kLanes, rows, left < 8 ? left : 8,
+                store_columns<Op>(c + i * B::kStride, B::kStride, rows, left < 8 ? left : 8,
                                   bias + i, a.row_weights + first, a.row_ids + first, a.hidden,
                                   n + i, a.y);
             }
         });
     }
     Tile::end();
-}
-
-// One block: [K / pair][MV * lanes][pair], rows and k beyond the end are zero.
-template <class Tile>
-void pack_block(const void* hidden, const int64_t* tokens, int64_t rows, int64_t k_size,
-                void* out) {
-    using Op = typename Tile::Op;
-    using T = typename Op::T;
-    using X = typename Op::X;
-    constexpr int64_t kLanes = Op::L::kWidth, kPair = Op::kPair;
-    const int64_t width = (rows + kLanes - 1) / kLanes * kLanes, k_pad = padded_k<Tile>(k_size);
-    const auto row = [&](int64_t m) { return static_cast<const T*>(hidden) + tokens[m] * k_size; };
-    X* x = static_cast<X*>(out);
-    int64_t k0 = 0;
-    if constexpr (kLanes == 16 && has_transpose<Op>) {  // 16 rows of 16 words at a time
-        constexpr int64_t kWords = 16 * kPair;
-        for (; k0 + kWords <= k_size; k0 += kWords)
-            for (int64_t m = 0; m < width; m += 16) {
-                const T* from[16];
-                for (int64_t i = 0; i < 16; ++i) from[i] = m + i < rows ? row(m + i) + k0 : nullptr;
-                Op::transpose(from, x + (k0 / kPair * width + m) * kPair, width * kPair);
-            }
-    }
-    constexpr int64_t kPanel = 64;  // of k: all rows' cache lines are read once, in order
-    for (; k0 < k_pad; k0 += kPanel) {
-        const int64_t k1 = k0 + kPanel < k_pad ? k0 + kPanel : k_pad;
-        for (int64_t m = 0; m < width; ++m)
-            for (int64_t k = k0; k < k1; ++k)
-                x[(k / kPair * width + m) * kPair + k % kPair] =
-                    m < rows && k < k_size ? Op::to_x(row(m)[k]) : X{};
-    }
 }
 
 template <class Op>

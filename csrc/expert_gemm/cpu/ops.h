@@ -65,16 +65,37 @@ inline void transpose_rows(const T* const* from, float* to, int64_t stride) {
         },
         [&](int i, __m512i v) { _mm512_storeu_si512(to + i * stride, v); });
 }
-inline void transpose_rows(const BF16* const* from, BF16* to, int64_t stride) {
+inline void transpose_rows(const BF16* const* from, BF16* to, int64_t stride, bool half = false) {
     transpose16(
         [&](int i) { return from[i] ? _mm512_loadu_si512(from[i]) : _mm512_setzero_si512(); },
-        [&](int i, __m512i v) { _mm512_storeu_si512(to + i * stride, v); });
+        [&](int i, __m512i v) {
+            if (half)  // only the first eight rows
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * stride),
+                                    _mm512_castsi512_si256(v));
+            else
+                _mm512_storeu_si512(to + i * stride, v);
+        });
 }
 #endif
 
 // Does this Op transpose rows by vectors when it packs?
 template <class Op>
 constexpr bool has_transpose = requires { &Op::transpose; };
+
+// Can it multiply half a vector of rows at twice the rate?
+template <class Op>
+constexpr bool has_half = requires { typename Op::HalfV; };
+
+// Its sums then; else a placeholder.
+template <class Op>
+struct HalfSum {
+    using V = char;
+};
+template <class Op>
+    requires has_half<Op>
+struct HalfSum<Op> {
+    using V = typename Op::HalfV;
+};
 
 template <typename Lanes, typename Weight>
 struct FmaOp {
@@ -155,10 +176,24 @@ struct DotOp {
     static Vec broadcast_last(const B* p) { return (__m512bh)_mm512_set1_epi32(p->bits); }
     static Vec load_packed(const X* p) { return load_x(p); }
 
-    static void store_pair(X* h, int64_t, V a, V b) {
+    // Eight rows beside whole vectors of them. Zen 4 takes two such steps a cycle.
+    using HalfV = __m256;
+    using HalfVec = __m256bh;
+    static HalfVec load_half(const X* p) {
+        return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    static HalfVec half(Vec v) { return (__m256bh)_mm512_castsi512_si256((__m512i)v); }
+    static HalfV step(HalfV acc, HalfVec x, HalfVec w) { return _mm256_dpbf16_ps(acc, x, w); }
+    static V whole(HalfV v) { return _mm512_zextps256_ps512(v); }
+
+    static __m512i words(V a, V b) {
         const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
         const __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
-        _mm512_storeu_si512(h, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+        return _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
+    }
+    static void store_pair(X* h, int64_t, V a, V b) { _mm512_storeu_si512(h, words(a, b)); }
+    static void store_half_pair(X* h, V a, V b) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), _mm512_castsi512_si256(words(a, b)));
     }
     static void store_h(X* h, V v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), (__m256i)_mm512_cvtneps_pbh(v));
@@ -166,6 +201,9 @@ struct DotOp {
     static X to_x(T value) { return value; }
     static void transpose(const T* const* from, X* to, int64_t stride) {
         transpose_rows(from, to, stride);
+    }
+    static void transpose_half(const T* const* from, X* to, int64_t stride) {
+        transpose_rows(from, to, stride, true);
     }
 };
 #endif
