@@ -190,6 +190,17 @@ def test_without_a_gpu_the_reason_is_given() -> None:
         CudaExperts(GOOD, num_experts=4)
 
 
+def test_a_gpu_older_than_ampere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_kernels, "_import_error", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    text = r"needs compute capability 8.0 \(Ampere\) or newer, this GPU has \(7, 5\)"
+    with pytest.raises(RuntimeError, match=f"CudaExperts: {text}"):
+        CudaExperts(GOOD, num_experts=4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert cuda_kernels.missing() is None
+
+
 def test_the_module_names_its_architectures_and_chooses_by_size() -> None:
     native = pytest.importorskip("moe_offload._cuda", reason="_cuda needs nvcc at build time")
     assert native.architectures()
