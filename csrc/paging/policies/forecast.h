@@ -20,11 +20,11 @@
 
 namespace moe_offload {
 
-class Forecast final : public Ranked {
+class Forecast final : public RankedBy<Forecast> {
   public:
-    // horizon: visits predictions may reach ahead. exclusive: experts that a prediction of a visit
-    // does not name have probability 0 there (PLEC takes the predictor at its word), else their
-    // rate of use.
+    // horizon: visits predictions may reach ahead, a power of two. exclusive: experts that a
+    // prediction of a visit does not name have probability 0 there (PLEC takes the predictor at its
+    // word), else their rate of use.
     Forecast(const PolicySetting& setting, int32_t horizon, bool exclusive);
     void request(const LayerRequest& request) override;
     void predict(const Prediction& prediction) override;
@@ -35,8 +35,10 @@ class Forecast final : public Ranked {
 
   private:
     float decayed_rate(PageIndex page) const;
+    double value(PageIndex page) const;
+    size_t column(uint64_t visit) const { return visit & (horizon_ - 1); }
     bool predicted(size_t layer, uint64_t visit) const {
-        return predicted_[layer * horizon_ + visit % horizon_] == visit + 1;
+        return predicted_[layer * horizon_ + column(visit)] == visit + 1;
     }
 
     const size_t horizon_;
@@ -47,6 +49,11 @@ class Forecast final : public Ranked {
     std::vector<uint64_t> predicted_;  // [layers * horizon] 1 + visit the entries are for
     std::vector<double> discount_;     // [num_layers + 1] by distance
     std::vector<float> probability_;   // [pages * horizon], < 0: not named
+    // Worths, discounted to the next visit of their layer, change at its requests and predictions
+    // only; a victim is sought among the pages of all layers.
+    std::vector<uint64_t> version_;            // [layers] of what is known of a layer, from 1
+    mutable std::vector<uint64_t> valued_at_;  // [pages] version of value_
+    mutable std::vector<double> value_;        // [pages]
 };
 
 }  // namespace moe_offload

@@ -120,14 +120,12 @@ class Learned final : public KeepsPrefetched {
         : KeepsPrefetched(setting),
           forecast_(setting),
           slots_(setting.num_slots),
-          layer_of_(setting.num_pages()),
           resident_(setting.num_pages(), false),
           lowest_(setting.num_layers(), kNoPage),
           known_(setting.num_layers(), true) {
         for (int32_t ahead = 0; ahead <= num_layers_; ++ahead)
             discount_.push_back(
                 std::pow(UseForecast::kPassDiscount, double(ahead) / double(num_layers_)));
-        for (PageIndex page = 0; page < layer_of_.size(); ++page) layer_of_[page] = page / stride_;
     }
     void request(const LayerRequest& request) override {
         KeepsPrefetched::request(request);
@@ -141,16 +139,16 @@ class Learned final : public KeepsPrefetched {
     void insert(PageIndex page) override {
         KeepsPrefetched::insert(page);
         resident_[page] = true;
-        known_[layer_of_[page]] = false;
+        known_[layer_index(page)] = false;
     }
     void touch(PageIndex page) override {
         KeepsPrefetched::touch(page);
-        if (lowest_[layer_of_[page]] == page) known_[layer_of_[page]] = false;
+        if (lowest_[layer_index(page)] == page) known_[layer_index(page)] = false;
     }
     void erase(PageIndex page) override {
         KeepsPrefetched::erase(page);
         resident_[page] = false;
-        if (lowest_[layer_of_[page]] == page) known_[layer_of_[page]] = false;
+        if (lowest_[layer_index(page)] == page) known_[layer_index(page)] = false;
     }
     // As Ranked's, by layers: within one the order changes at its own calls only, so each keeps its
     // lowest page, and only those few are compared.
@@ -178,12 +176,13 @@ class Learned final : public KeepsPrefetched {
     // every layer uses most of what it has (large batches) this keeps the arriving pages from
     // pushing out what is about to be needed; without it `learned` missed more than an LRU there.
     double forecast(PageIndex page) const {
-        const int32_t ahead = static_cast<int32_t>(layer_of_[page]) - layer_;
+        const int32_t ahead = layer_of(page) - layer_;
         return std::max(double(forecast_.worth(page)), kLeastWorth) *
                discount_[static_cast<size_t>(ahead > 0 ? ahead : ahead + num_layers_)];
     }
 
   private:
+    size_t layer_index(PageIndex page) const { return static_cast<size_t>(layer_of(page)); }
     double demand_worth(PageIndex page) const override { return forecast(page); }
     bool demand_admits(PageIndex incoming, PageIndex victim) const override {
         return !streams_ || forecast(incoming) > forecast(victim);
@@ -215,7 +214,6 @@ class Learned final : public KeepsPrefetched {
     UseForecast forecast_;
     const size_t slots_;
     std::vector<double> discount_;           // [num_layers + 1] by distance
-    std::vector<uint32_t> layer_of_;         // [pages]
     std::vector<uint8_t> resident_;          // [pages]
     mutable std::vector<PageIndex> lowest_;  // [layers], where known_
     mutable std::vector<uint8_t> known_;     // [layers]

@@ -1,6 +1,7 @@
 #include "path_memory.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -22,9 +23,14 @@ MOE_INLINE uint32_t count_bits(uint64_t x) {
 }
 
 // similarity[s] += kUnit * shared bits of row[s] and mask.
+template <bool kHasInstruction>
 MOE_INLINE void add_shared(uint32_t* similarity, const uint64_t* row, uint64_t mask, size_t count) {
-    for (size_t s = 0; s < count; ++s)
-        similarity[s] += PathMemory::kUnit * count_bits(row[s] & mask);
+    for (size_t s = 0; s < count; ++s) {
+        const uint64_t shared = row[s] & mask;
+        similarity[s] +=
+            PathMemory::kUnit *
+            (kHasInstruction ? static_cast<uint32_t>(std::popcount(shared)) : count_bits(shared));
+    }
 }
 
 // Indices of the values >= bound (which is at least 1), rising; returns how many.
@@ -50,27 +56,32 @@ struct Loops {
     void (*add_shared)(uint32_t*, const uint64_t*, uint64_t, size_t);
     size_t (*at_least)(const uint32_t*, size_t, uint32_t, uint32_t*);
 };
-#define MOE_LOOPS(name, target)                                                             \
+#define MOE_LOOPS(name, has_popcount, target)                                               \
     target void add_shared_##name(uint32_t* similarity, const uint64_t* row, uint64_t mask, \
                                   size_t count) {                                           \
-        add_shared(similarity, row, mask, count);                                           \
+        add_shared<has_popcount>(similarity, row, mask, count);                             \
     }                                                                                       \
     target size_t at_least_##name(const uint32_t* values, size_t count, uint32_t bound,     \
                                   uint32_t* found) {                                        \
         return at_least(values, count, bound, found);                                       \
     }
-MOE_LOOPS(plain, )
+MOE_LOOPS(plain, false, )
 #if defined(__x86_64__)
-MOE_LOOPS(avx2, __attribute__((target("avx2"))))
-MOE_LOOPS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+MOE_LOOPS(avx2, false, __attribute__((target("avx2"))))
+MOE_LOOPS(avx512, false, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+MOE_LOOPS(avx512_popcount, true,
+          __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq"))))
 #endif
 
 const Loops& loops() {
     static const Loops found = [] {
 #if defined(__x86_64__)
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            if (__builtin_cpu_supports("avx512vpopcntdq"))
+                return Loops{add_shared_avx512_popcount, at_least_avx512_popcount};
             return Loops{add_shared_avx512, at_least_avx512};
+        }
         if (__builtin_cpu_supports("avx2")) return Loops{add_shared_avx2, at_least_avx2};
 #endif
         return Loops{add_shared_plain, at_least_plain};

@@ -168,14 +168,17 @@ constexpr double kPassDiscount = 0.7;
 }  // namespace
 
 Forecast::Forecast(const PolicySetting& setting, int32_t horizon, bool exclusive)
-    : Ranked(setting),
+    : RankedBy(setting),
       horizon_(static_cast<size_t>(horizon)),
       exclusive_(exclusive),
       rate_(setting.num_pages(), 0.0F),
       updated_(setting.num_pages(), 0),
       visits_(setting.num_layers(), 0),
       predicted_(setting.num_layers() * horizon_, 0),
-      probability_(setting.num_pages() * horizon_, -1.0F) {
+      probability_(setting.num_pages() * horizon_, -1.0F),
+      version_(setting.num_layers(), 1),
+      valued_at_(setting.num_pages(), 0),
+      value_(setting.num_pages(), 0.0) {
     for (int32_t ahead = 0; ahead <= num_layers_; ++ahead)
         discount_.push_back(std::pow(kPassDiscount, double(ahead) / num_layers_));
 }
@@ -195,6 +198,7 @@ void Forecast::request(const LayerRequest& request) {
     Ranked::request(request);
     static const float gain = static_cast<float>(1.0 - std::exp2(-1.0 / kRateHalfLife));
     const uint64_t visit = ++visits_[static_cast<size_t>(request.layer)];
+    ++version_[static_cast<size_t>(request.layer)];
     for (const PageIndex page : request.pages) {
         rate_[page] = decayed_rate(page) + gain;
         updated_[page] = visit;
@@ -206,29 +210,38 @@ void Forecast::predict(const Prediction& prediction) {
         return;
     const auto layer = static_cast<size_t>(prediction.layer);
     const uint64_t visit = visits_[layer] + static_cast<uint64_t>(prediction.visits_ahead);
-    const size_t column = visit % horizon_;
+    const size_t column = this->column(visit);
     if (!predicted(layer, visit))
         for (PageIndex page = prediction.layer * stride_; page < (prediction.layer + 1) * stride_;
              ++page)
             probability_[page * horizon_ + column] = -1.0F;
     predicted_[layer * horizon_ + column] = visit + 1;
+    ++version_[layer];
     for (size_t i = 0; i < prediction.pages.size(); ++i)
         probability_[prediction.pages[i] * horizon_ + column] = prediction.probabilities[i];
 }
 
 double Forecast::worth(PageIndex page) const {
+    const uint64_t version = version_[static_cast<size_t>(layer_of(page))];
+    if (valued_at_[page] != version) {
+        value_[page] = value(page);
+        valued_at_[page] = version;
+    }
+    return value_[page] * discount_[static_cast<size_t>(distance(page))];
+}
+
+double Forecast::value(PageIndex page) const {
     const auto layer = static_cast<size_t>(layer_of(page));
     const double rate = std::max(kRateFloor, double(decayed_rate(page)));
     double absent = 1.0, value = 0.0;  // discounted to the layer's next visit
     for (uint64_t visit = visits_[layer]; visit < visits_[layer] + horizon_; ++visit) {
         if (!predicted(layer, visit)) break;
-        const float named = probability_[page * horizon_ + visit % horizon_];
+        const float named = probability_[page * horizon_ + column(visit)];
         const double used = named >= 0.0F ? double(named) : exclusive_ ? 0.0 : rate;
         value += absent * used;
         absent *= (1.0 - used) * kPassDiscount;
     }
-    value += absent * rate / (1.0 - (1.0 - rate) * kPassDiscount);
-    return value * discount_[static_cast<size_t>(distance(page))];
+    return value + absent * rate / (1.0 - (1.0 - rate) * kPassDiscount);
 }
 
 // --- by name ------------------------------------------------------------------------------------
