@@ -56,9 +56,11 @@ def environment() -> Row:
 
 
 def _relative(arguments: Sequence[str]) -> list[str]:
+    """The command as anybody would type it: no absolute paths of this machine."""
     script = Path(arguments[0]).resolve()
     inside = script.is_relative_to(REPOSITORY)
-    return [str(script.relative_to(REPOSITORY)) if inside else script.name, *arguments[1:]]
+    rest = ["FOLDER" if Path(argument).is_absolute() else argument for argument in arguments[1:]]
+    return [str(script.relative_to(REPOSITORY)) if inside else script.name, *rest]
 
 
 def _git(*arguments: str) -> str:

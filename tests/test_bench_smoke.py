@@ -59,6 +59,9 @@ def test_roofs_and_paging_write_every_row(tmp_path: Path) -> None:
             pytest.skip("no O_DIRECT in the temporary directory")
         assert done.returncode == 0, done.stderr
     found = json.loads(roofs.read_text())
+    assert found["environment"]["command"] == (
+        "python bench/roofs.py FOLDER --quick --output FOLDER"
+    )
     assert {row["huge_pages"] for row in found["disk"]} == {True, False}
     assert all(row["gb_per_s"]["median"] > 0 for row in found["disk"])
     assert [row["dtype"] for row in found["gemm"]] == ["bfloat16", "float16", "float32"]
