@@ -244,7 +244,14 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--budget", help="run with moe_offload; default: resident transformers")
     kind.add_argument("--offload-folder", type=Path, help="run with accelerate disk offload")
+    kind.add_argument("--llama-cpp", type=Path, help="run this GGUF file with llama.cpp")
     arguments = parser.parse_args()
+    if arguments.llama_cpp is not None:
+        from llama_contender import LlamaContender
+
+        config = json.loads((arguments.checkpoint / "config.json").read_text())
+        serve(LlamaContender(arguments.llama_cpp, config["vocab_size"]))
+        return
     serve(Contender(arguments.checkpoint, arguments.budget, arguments.offload_folder))
 
 
