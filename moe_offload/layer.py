@@ -20,7 +20,8 @@ from moe_offload import paged_op as paged_op  # declares the op that torch.compi
 from moe_offload.activations import ExpertForm
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import StateError
-from moe_offload.offloader import ExpertLayer, Offloader
+from moe_offload.expert_layer import ExpertLayer
+from moe_offload.offloader import Offloader
 from moe_offload.pager import PagedLayer
 from moe_offload.sources import TensorPages
 

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moe_offload.budgets import plan_slots, smallest_budget
 from moe_offload.config import OffloadConfig, format_bytes, parse_budget
 from moe_offload.console import aligned
-from moe_offload.offloader import ExpertLayer, plan_slots, smallest_budget
+from moe_offload.expert_layer import ExpertLayer
 from moe_offload.pages import PageLayout
 
 Source = Literal["files", "converted files", "host memory", "unknown"]

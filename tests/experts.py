@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_offload.expert_layer import ExpertLayer
 from moe_offload.functional import expert_ffn
 from moe_offload.layer import OffloadedExperts, _as_layer
-from moe_offload.offloader import ExpertLayer
 from moe_offload.sources import FilePages, Piece
 
 

@@ -14,11 +14,12 @@ from experts import random_routing, random_weights, resident, write_page_file
 
 from moe_offload import _core
 from moe_offload.backends import choose
+from moe_offload.budgets import plan_host
 from moe_offload.config import OffloadConfig
 from moe_offload.device import ComputeDevice, check_capability, open_device
 from moe_offload.errors import BudgetError, DeviceError, PageReadError, UnsupportedModelError
 from moe_offload.layer import OffloadedExperts, _as_layer, run_experts
-from moe_offload.offloader import Offloader, plan_host
+from moe_offload.offloader import Offloader
 from moe_offload.pages import PageLayout
 from moe_offload.sources import CallbackPages, FilePages, TensorPages
 

@@ -14,10 +14,12 @@ import torch
 from experts import random_routing, random_weights, write_page_file
 
 from moe_offload import _core
+from moe_offload.budgets import plan_slots, smallest_budget
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import BudgetError, PageReadError, StateError
+from moe_offload.expert_layer import ExpertLayer
 from moe_offload.layer import OffloadedExperts
-from moe_offload.offloader import ExpertLayer, Offloader, plan_slots, smallest_budget
+from moe_offload.offloader import Offloader
 from moe_offload.pages import PageLayout
 from moe_offload.sources import CallbackPages, FilePages, Piece
 
@@ -338,7 +340,8 @@ def test_the_interpreter_exits_while_copies_are_under_way(tmp_path):
     script = """
 import torch
 from moe_offload.config import OffloadConfig
-from moe_offload.offloader import ExpertLayer, Offloader
+from moe_offload.expert_layer import ExpertLayer
+from moe_offload.offloader import Offloader
 from moe_offload.sources import CallbackPages
 import time
 def make(layer, expert):

@@ -18,7 +18,8 @@ from harness import Row
 
 from moe_offload import _core
 from moe_offload.config import OffloadConfig
-from moe_offload.offloader import ExpertLayer, Offloader
+from moe_offload.expert_layer import ExpertLayer
+from moe_offload.offloader import Offloader
 from moe_offload.pager import ExpertPool
 from moe_offload.sources import TensorPages
 

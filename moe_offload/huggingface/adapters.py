@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload.errors import StateError, UnsupportedModelError
-from moe_offload.offloader import ExpertLayer
+from moe_offload.expert_layer import ExpertLayer
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from moe_offload.config import OffloadConfig, format_bytes
 from moe_offload.errors import DeviceError, StateError, UnsupportedModelError
+from moe_offload.expert_layer import ExpertLayer
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
 from moe_offload.layer import run_experts
-from moe_offload.offloader import ExpertLayer, Offloader
+from moe_offload.offloader import Offloader
 from moe_offload.predictors import make_predictor
 from moe_offload.sources import CallbackPages, FilePages, TensorPages
 

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from moe_offload.errors import CheckpointError, UnsupportedModelError
-from moe_offload.offloader import ExpertLayer
+from moe_offload.expert_layer import ExpertLayer
 from moe_offload.safetensors_file import Checkpoint, TensorRange
 from moe_offload.sources import CallbackPages, FilePages, Piece
 

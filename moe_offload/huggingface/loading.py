@@ -23,6 +23,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from moe_offload.config import OffloadConfig, format_bytes
 from moe_offload.errors import CheckpointError, StateError, UnsupportedModelError
+from moe_offload.expert_layer import ExpertLayer
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
 from moe_offload.huggingface.attach import Attachment
 from moe_offload.huggingface.checkpoint import CheckpointExperts
@@ -35,7 +36,6 @@ from moe_offload.huggingface.quantised import (
     save_dequantised,
 )
 from moe_offload.memory import available_memory_bytes
-from moe_offload.offloader import ExpertLayer
 from moe_offload.safetensors_file import Checkpoint
 
 _OPTIONS = {field.name for field in fields(OffloadConfig)}
