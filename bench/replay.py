@@ -67,6 +67,7 @@ class Source:
 
     read: Callable[[Path], Trace]
     page_bytes: int
+    caps: tuple[float, ...] = CAPS
 
 
 def _published(file: str) -> Callable[[Path], Trace]:
@@ -108,7 +109,9 @@ TRACES = {
     "summary": _esft("summary"),
     "translation": _esft("translation"),
     "Switch-base-32": Source(
-        _published("traces_switch_base32/switch_base32_cnndm_decode.npz"), 2 * 768 * 3072 * 2
+        _published("traces_switch_base32/switch_base32_cnndm_decode.npz"),
+        2 * 768 * 3072 * 2,
+        (1 / 32, 1 / 16, *CAPS),  # 4 of 128 experts a layer are the smallest cache of ExpertFlow
     ),
 }
 COLUMNS = (
@@ -148,13 +151,13 @@ def with_recall(events: Events, num_experts: list[int]) -> Events:
     return told.events()
 
 
-def table(name: str, trace: Trace, page_bytes: int) -> list[Row]:
+def table(name: str, trace: Trace, page_bytes: int, caps: tuple[float, ...]) -> list[Row]:
     """All policies on one trace."""
     rows: list[Row] = []
     for batch in BATCHES:
         events = requests(trace, batch)
         told = with_recall(events, trace.num_experts)
-        for cap in CAPS:
+        for cap in caps:
             results = {
                 policy: replay_events(events, trace.num_experts, policy, cap, batch)
                 for policy in POLICIES
@@ -233,7 +236,7 @@ def main() -> None:
         source = TRACES[name]
         trace = source.read(args.data)
         trace = trace.rows(slice(0, args.tokens)) if len(trace) > args.tokens else trace
-        part = table(name, trace, source.page_bytes)
+        part = table(name, trace, source.page_bytes, source.caps)
         shown = [row for row in part if row["batch"] in (1, 16) and row["cap"] == 0.25]
         print_table(shown, {key: key for key in COLUMNS[1:]}, name)
         results["rows"] += part
