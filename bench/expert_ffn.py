@@ -3,12 +3,14 @@
 Per number of tokens, every contender is first compared with fp64 on sampled tokens; one whose error
 exceeds 1.2 x that of transformers' grouped_mm prints no time. Then rounds: each contender once per
 round, in random order after a pause, each call with its own draw of tokens and experts, so that
-nobody finds the weights another has just pulled into the cache. A short call follows an untimed
-one on other experts, as in a model's decode loop, where threads are awake. Each round also reads
-memory once through, in pages of 2 MiB and of 4 KiB (where torch, and so everybody but the paged
-layer, has the weights): on a shared machine that rate drifts by 1.7 x within minutes (35 to 60 GB/s
-seen), so a row is held against the median of the reads between its own calls. The other roofs,
-torch's matrix products and multiply-adds from registers, are timed before each number of tokens.
+nobody finds the weights another has just pulled into the cache. A short call follows 40 ms of
+untimed ones on other experts, as in a model's decode loop: after a pause of 60 ms a call of one
+token took 3.1 ms, and 2.4, as in a loop without pauses, only after some 30 ms of calls. Each round
+also reads memory once through, in pages of 2 MiB and of 4 KiB (where torch, and so everybody but
+the paged layer, has the weights): on a shared machine that rate drifts by 1.7 times within minutes
+(35 to 60 GB/s seen), so a row is held against the median of the reads between its own calls. The
+other roofs, torch's matrix products and multiply-adds from registers, are timed before each number
+of tokens.
 
     python bench/expert_ffn.py                     # all shapes
     python bench/expert_ffn.py --shape olmoe       # one; results of the others are kept
@@ -59,7 +61,8 @@ QUICK = {
 }
 SILU = Activation("silu")
 SAMPLED_TOKENS = 16
-WARMED_TOKENS = 16  # calls of up to so many tokens take milliseconds: waking a thread would show
+WARMED_TOKENS = 16  # calls of up to so many tokens take milliseconds: waking up would show
+WARM_SECONDS = 0.04
 ERROR_FACTOR = 1.2
 
 COLUMNS = {
@@ -145,16 +148,21 @@ def measure(
     while rounds < least or (time.perf_counter() < end and rounds < 200):
         for one in order.sample(running, len(running)):  # a rotation keeps everyone's neighbours
             time.sleep(pause)
-            if tokens <= WARMED_TOKENS:
+            awake = time.perf_counter() + WARM_SECONDS
+            while tokens <= WARMED_TOKENS:
                 one.run(*draws[call % len(draws)])
                 call += 1
+                if time.perf_counter() >= awake:
+                    break
             inputs = draws[call % len(draws)]
             call += 1
             start = time.perf_counter()
             one.run(*inputs)
             times[one.name].append(time.perf_counter() - start)
             distinct[one.name].append(int(inputs[1].unique().numel()))
+        time.sleep(pause)
         for read, rates in zip(readers, memory, strict=True):
+            read()
             rates.append(read())
         rounds += 1
     return times, distinct, memory
