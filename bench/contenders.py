@@ -32,10 +32,13 @@ class Contender:
     Args:
         checkpoint: folder of the model.
         budget: "25%" for moe_offload; None for a plain transformers model.
+        predictor: of moe_offload.
         offload_folder: where accelerate keeps the experts; None for a resident model.
     """
 
-    def __init__(self, checkpoint: Path, budget: str | None, offload_folder: Path | None) -> None:
+    def __init__(
+        self, checkpoint: Path, budget: str | None, predictor: str, offload_folder: Path | None
+    ) -> None:
         import torch
         import transformers
         from transformers import OlmoeForCausalLM
@@ -48,6 +51,7 @@ class Contender:
         elif offload_folder is not None:
             importlib.import_module("accelerate")
         self.checkpoint, self.budget, self.offload_folder = checkpoint, budget, offload_folder
+        self.predictor = predictor
         self.model: Any = None
         self.offloader: Any = None
         self._model_class = OlmoeForCausalLM
@@ -91,7 +95,9 @@ class Contender:
         """The model in this contender's way, in eval mode."""
         if self.budget is not None:
             moe_offload = importlib.import_module("moe_offload")
-            return moe_offload.from_pretrained(checkpoint, device_budget=self.budget)
+            return moe_offload.from_pretrained(
+                checkpoint, device_budget=self.budget, predictor=self.predictor
+            )
         if self.offload_folder is not None:
             return self._model_class.from_pretrained(
                 checkpoint,
@@ -178,19 +184,20 @@ class Contender:
         return dict(stats)
 
     def _copies(self) -> Row | None:
-        """Seconds in which demand copies were under way or the model waited for one."""
+        """Seconds in which copies were under way or the model waited for one."""
         if self.offloader is None:
             return None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "timeline.json")
             self.offloader.timeline(path)
             events = json.loads(path.read_text())["traceEvents"]
-        spans: dict[str, list[Interval]] = {"demand_copy": [], "stall": []}
+        spans: dict[str, list[Interval]] = {"demand_copy": [], "prefetch_copy": [], "stall": []}
         for event in events:
             if event.get("cat") in spans:
                 begin = event["ts"] / 1e6
                 spans[event["cat"]].append((begin, begin + event["dur"] / 1e6))
-        copies, stalls = spans["demand_copy"], spans["stall"]
+        copies = spans["demand_copy"] + spans["prefetch_copy"]
+        stalls = spans["stall"]
         return {
             "busy_s": _union(copies + stalls),
             "copying_s": _union(copies),
@@ -243,6 +250,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--budget", help="run with moe_offload; default: resident transformers")
+    parser.add_argument("--predictor", default="auto", help="of moe_offload")
     kind.add_argument("--offload-folder", type=Path, help="run with accelerate disk offload")
     kind.add_argument("--llama-cpp", type=Path, help="run this GGUF file with llama.cpp")
     arguments = parser.parse_args()
@@ -252,7 +260,11 @@ def main() -> None:
         config = json.loads((arguments.checkpoint / "config.json").read_text())
         serve(LlamaContender(arguments.llama_cpp, config["vocab_size"]))
         return
-    serve(Contender(arguments.checkpoint, arguments.budget, arguments.offload_folder))
+    serve(
+        Contender(
+            arguments.checkpoint, arguments.budget, arguments.predictor, arguments.offload_folder
+        )
+    )
 
 
 if __name__ == "__main__":

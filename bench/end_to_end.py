@@ -1,10 +1,10 @@
 """Does paging keep its promises on a whole model? The numbers the README's table comes from.
 
 Two comparisons on one random-weight OLMoE checkpoint (bench/checkpoints.py), on two cores, on the
-same prompts: at a 25 % budget against transformers + accelerate with the experts on disk, and at
-100 % against plain transformers. bench/comparison.py says how they are run. What each target means
-is written where it is computed, in bench/report.py. No time is printed unless all contenders
-produced the same tokens.
+same prompts: at a 25 % budget, with and without fetching ahead, against transformers + accelerate
+with the experts on disk, and at 100 % against plain transformers. bench/comparison.py says how they
+are run. What each target means is written where it is computed, in bench/report.py. No time is
+printed unless all contenders produced the same tokens.
 
     python bench/end_to_end.py               about ten minutes, 7 GB of disk in --workdir
     python bench/end_to_end.py --quick       a toy checkpoint: does it still run?
@@ -28,6 +28,7 @@ from harness import Row, environment, machine_name, pin_to_cores, print_table, s
 from report import (
     ACCELERATE,
     ALLOWANCE_BYTES,
+    DEMAND,
     FULL,
     PAGED,
     RESIDENT,
@@ -80,6 +81,7 @@ def run(
         spec.dense_bytes + spec.expert_bytes // 4 + ALLOWANCE_BYTES,
         {
             PAGED: [checkpoint, "--budget", "25%"],
+            DEMAND: [checkpoint, "--budget", "25%", "--predictor", "none"],
             ACCELERATE: [checkpoint, "--offload-folder", offload_folder],
         },
     )

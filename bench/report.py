@@ -15,6 +15,7 @@ from comparison import Comparison
 from harness import Row, median, print_table, spread
 
 PAGED, ACCELERATE = "moe_offload 25%", "accelerate disk"
+DEMAND = "moe_offload 25%, predictor none"  # every page it reads is one that was missing
 FULL, RESIDENT = "moe_offload 100%", "transformers resident"
 ALLOWANCE_BYTES = 400_000_000  # what a process may hold beyond dense weights and budget
 
@@ -29,7 +30,7 @@ def check_tokens(comparisons: list[Comparison]) -> int:
     compared = 0
     for name, rows in turns.items():
         for number, (row, reference) in enumerate(zip(rows, turns[RESIDENT], strict=False)):
-            ours = name in (PAGED, FULL)
+            ours = name in (PAGED, DEMAND, FULL)
             got, expected = row["tokens"], reference["same_kernel_tokens" if ours else "tokens"]
             length = min(len(got), len(expected))
             if got[:length] != expected[:length]:
@@ -77,16 +78,16 @@ def summarise(comparison: Comparison, spec: Spec) -> list[Row]:
         row["memory_gb_per_s"] = median(rate) * weight_bytes / 1e9
         row["memory_roof_percent"] = 100 * row["memory_gb_per_s"] / memory_gb_per_s
         if turns[0]["decode"]["stats"] is not None:
-            row.update(_paging_row(turns, tokens, disk_gb_per_s))
+            row.update(_paging_row(turns, tokens, spec.page_bytes, disk_gb_per_s))
             # The least a token can take: its missing bytes from disk or all its weights from
             # memory, whichever takes longer.
-            disk_ms = row["demand_mb_per_token"] / disk_gb_per_s
+            disk_ms = row["needed_mb_per_token"] / disk_gb_per_s
             row["bound_ms_per_token"] = max(disk_ms, weight_bytes / memory_gb_per_s / 1e6)
         rows.append(row)
     return rows
 
 
-def _paging_row(turns: list[Row], tokens: int, disk_gb_per_s: float) -> Row:
+def _paging_row(turns: list[Row], tokens: int, page_bytes: int, disk_gb_per_s: float) -> Row:
     """What the pager says about decode, and how near to the disk's roof it read."""
     stats = [turn["decode"]["stats"] for turn in turns]
 
@@ -98,19 +99,33 @@ def _paging_row(turns: list[Row], tokens: int, disk_gb_per_s: float) -> Row:
         "slots": stats[0]["num_slots"],
         "pages_per_token": total("lookups") / tokens,
         "demand_mb_per_token": total("demand_bytes") / tokens / 1e6,
+        "needed_mb_per_token": sum(_missing_bytes(row, page_bytes) for row in stats) / tokens / 1e6,
+        "prefetch_used_mb_per_token": total("prefetch_bytes_used") / tokens / 1e6,
+        "prefetch_wasted_mb_per_token": total("prefetch_bytes_wasted") / tokens / 1e6,
         "stall_ms_per_token": 1e3 * total("stall_seconds") / tokens,
         "decode_ms_per_token": 1e3 * sum(sum(turn["decode_s"]) for turn in turns) / tokens,
     }
     for phase in ("decode", "prefill"):
         rates = [
-            turn[phase]["stats"]["demand_bytes"] / turn[phase]["copies"]["busy_s"] / 1e9
+            _moved(turn[phase]["stats"]) / turn[phase]["copies"]["busy_s"] / 1e9
             for turn in turns
             if turn[phase]["copies"]["busy_s"] > 0
         ]
         if rates:
-            row[f"{phase}_demand_gb_per_s"] = spread(rates)
+            row[f"{phase}_gb_per_s"] = spread(rates)
             row[f"{phase}_disk_roof_percent"] = 100 * median(rates) / disk_gb_per_s
     return row
+
+
+def _moved(stats: Row) -> float:
+    names = ("demand_bytes", "prefetch_bytes_used", "prefetch_bytes_wasted")
+    return float(sum(stats[name] for name in names))
+
+
+def _missing_bytes(stats: Row, page_bytes: int) -> int:
+    """Of pages that were used and had to come from disk, demanded or fetched ahead."""
+    names = ("demand_misses", "joined_prefetches", "prefetch_hits")
+    return page_bytes * sum(int(stats[name]) for name in names)
 
 
 def check_targets(
@@ -125,15 +140,22 @@ def check_targets(
         targets.append({"target": name, "value": value, "bound": bound, "kept": kept, "note": note})
 
     paged, full = quarter.turns[PAGED][1:], whole.turns[FULL][1:]
+    demand = quarter.turns[DEMAND][1:]
 
     # Bytes the kernel read for this process, and bytes the pager counted, over the bytes of the
-    # pages that were missing; more than 1 is alignment, read-ahead or a page read twice.
-    missing = sum(t["decode"]["stats"]["demand_misses"] for t in paged) * spec.page_bytes
-    for source, read in (
-        ("/proc/self/io", sum(t["decode"]["disk_read_bytes"] for t in paged)),
-        ("disk_bytes", sum(t["decode"]["stats"]["disk_bytes"] for t in paged)),
-    ):
-        target(f"decode, 25%: disk bytes / missing bytes, {source}", read / missing, 1.05, True, "")
+    # pages that were missing; more than 1 is alignment, read-ahead, a page read twice, or (with a
+    # predictor) one that was fetched ahead for nothing or stopped on its way.
+    for name, turns in ((DEMAND, demand), (PAGED, paged)):
+        stats = [turn["decode"]["stats"] for turn in turns]
+        missing = sum(_missing_bytes(row, spec.page_bytes) for row in stats)
+        wasted = rows[name]["prefetch_wasted_mb_per_token"]
+        note = f"{wasted:.1f} MB a token fetched ahead for nothing" if name == PAGED else ""
+        for source, read in (
+            ("/proc/self/io", sum(turn["decode"]["disk_read_bytes"] for turn in turns)),
+            ("disk_bytes", sum(row["disk_bytes"] for row in stats)),
+        ):
+            what = f"{name}: decode, disk bytes / missing bytes, {source}"
+            target(what, read / missing, 1.05, True, note)
     steady = sum(t[phase]["disk_read_bytes"] for t in full for phase in ("prefill", "decode"))
     target("100%: disk bytes in steady state", steady, 0, True, "prefill and decode")
 
@@ -144,28 +166,29 @@ def check_targets(
     note = f"identical tokens; it reads {bytes_ratio:.1f} x the bytes"
     for wanted in (5, 10):
         target("decode, 25%: x accelerate", rate[PAGED] / rate[ACCELERATE], wanted, False, note)
-    row = rows[PAGED]
-    beyond = row["decode_ms_per_token"] / row["bound_ms_per_token"]
-    note = f"{row['decode_ms_per_token']:.0f} ms of at least {row['bound_ms_per_token']:.0f}"
-    target("decode, 25%: time per token / bound", beyond, 1.15, True, note)
+    for name in (PAGED, DEMAND):
+        row = rows[name]
+        beyond = row["decode_ms_per_token"] / row["bound_ms_per_token"]
+        note = f"{row['decode_ms_per_token']:.0f} ms of at least {row['bound_ms_per_token']:.0f}"
+        target(f"{name}: decode, time per token / bound", beyond, 1.15, True, note)
 
-    # Demand bytes over the time in which a demand copy was under way or the model waited for one,
-    # over the fastest O_DIRECT setting of the same rounds.
+    # Without a predictor: demand bytes over the time in which a demand copy was under way or the
+    # model waited for one, over the fastest O_DIRECT setting of the same rounds.
     for phase in ("decode", "prefill"):
-        note = f"{rows[PAGED][f'{phase}_demand_gb_per_s']['median']:.2f} GB/s"
-        share = rows[PAGED][f"{phase}_disk_roof_percent"] / 100
+        note = f"{rows[DEMAND][f'{phase}_gb_per_s']['median']:.2f} GB/s, predictor none"
+        share = rows[DEMAND][f"{phase}_disk_roof_percent"] / 100
         target(f"{phase}, 25%: demand reads / disk roof", share, 0.92, False, note)
 
     # A layer is one request of distinct pages, so each page may be missing once per prefill.
     prefill = [turn["prefill"]["stats"] for turn in paged]
     read = sum(stats["disk_bytes"] for stats in prefill)
-    needed = sum(stats["demand_misses"] for stats in prefill) * spec.page_bytes
+    needed = sum(_missing_bytes(stats, spec.page_bytes) for stats in prefill)
     calls = max(stats["acquires"] for stats in prefill)
     note = f"{calls} requests for {spec.num_layers} layers"
     target("prefill, 25%: disk bytes / missing bytes", read / needed, 1.01, True, note)
     # Percentage points: the tokens after a prompt against those before it (of the round before).
-    after = _hit_percent(turn["decode_begin"] for turn in quarter.turns[PAGED][1:])
-    before = _hit_percent(turn["decode_end"] for turn in quarter.turns[PAGED][:-1])
+    after = _hit_percent(turn["decode_begin"] for turn in quarter.turns[DEMAND][1:])
+    before = _hit_percent(turn["decode_end"] for turn in quarter.turns[DEMAND][:-1])
     note = f"{before:.1f} % before, {after:.1f} % after"
     target("decode, 25%: hit rate after a prompt - before it", after - before, -3, False, note)
 
@@ -233,7 +256,9 @@ COLUMNS = {
     "pages_per_token": "pages/tok",
     "disk_mb_per_token": "disk MB/tok",
     "stall_ms_per_token": "stall ms/tok",
-    "decode_demand_gb_per_s": "demand GB/s",
+    "prefetch_used_mb_per_token": "ahead, used",
+    "prefetch_wasted_mb_per_token": "ahead, wasted",
+    "decode_gb_per_s": "read GB/s",
     "decode_disk_roof_percent": "% disk roof",
     "memory_roof_percent": "% mem roof",
     "peak_rss_mb": "peak RSS MB",

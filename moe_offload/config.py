@@ -85,11 +85,12 @@ class OffloadConfig:
         policy: which resident page leaves first: "lru" over all layers, "lru-per-layer", "lfu",
             "static", "score", "auto", ...: a name in `moe_offload.policies.LIVE_POLICIES`.
         predictor: what is fetched ahead of need: "none", "auto" (what the measurements in
-            docs/predictors.md say pays, at present nothing), "previous", "recall", "lookahead",
-            "lookahead-2", "lookahead-3", the folder of a trained predictor, or a `Predictor`.
-            "ring", "rpp", "preattention" or "pregate" (trained ones, in the checkpoint's own
-            folder under predictors/). It never changes a token, but for "lossy_pregated", which
-            executes what pre-gates predicted.
+            docs/predictors.md say pays: "lookahead-0" for pages of 4 MiB and more that are read
+            from disk on a CPU machine, else nothing), "previous", "recall", "lookahead-0",
+            "lookahead", "lookahead-2", "lookahead-3", the folder of a trained predictor, a
+            `Predictor`, "ring", "rpp", "preattention" or "pregate" (trained ones, in the
+            checkpoint's own folder under predictors/). It never changes a token, but for
+            "lossy_pregated", which executes what pre-gates predicted.
         preset: name of a system in `moe_offload.presets`, which sets policy and predictor.
         static_experts: for policy "static", the (layer, expert) pairs that stay. Default: the
             first experts of each layer, evenly.
@@ -121,7 +122,7 @@ class OffloadConfig:
 
     device_budget: int | str = "25%"
     policy: str = "lru"
-    predictor: Any = "none"
+    predictor: Any = "auto"
     preset: str | None = None
     static_experts: Sequence[tuple[int, int]] | None = None
     device: str = "cpu"

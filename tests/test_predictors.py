@@ -19,7 +19,7 @@ import moe_offload
 from moe_offload._core import Chances
 from moe_offload.errors import PageReadError, PredictorError
 from moe_offload.huggingface.observe import observe
-from moe_offload.predictors import make_predictor
+from moe_offload.predictors import AUTO_PAGE_BYTES, make_predictor
 from moe_offload.predictors.base import ModelFacts, Prediction, Predictions, Predictor
 from moe_offload.predictors.oracle import CallRecorder, Oracle
 from moe_offload.predictors.preattention import PreAttention
@@ -89,6 +89,7 @@ def all_predictors(num_layers: int, calls) -> dict[str, Callable[[], Predictor]]
     return {
         "previous": PreviousToken,
         "recall": lambda: Recall(depth=2),
+        "lookahead-0": lambda: make_predictor("lookahead-0"),
         "lookahead": lambda: make_predictor("lookahead"),
         "lookahead-3": lambda: make_predictor("lookahead-3"),
         "preattention": lambda: random_preattention(num_layers),
@@ -411,3 +412,41 @@ def test_the_off_switch_leaves_no_hook_behind() -> None:
         assert hooked == [model]  # the prompt length guard
         assert all(pool.on_acquired is None for pool in offloader.pools)
         assert offloader.stats()["predictor"] is None
+
+
+def test_own_lookahead_asks_the_layers_router_about_its_input() -> None:
+    """Without attention's part the input is what the router sees, and every answer is right."""
+    model = tiny_model("olmoe", num_hidden_layers=2)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    expected = generate(model)
+    with moe_offload.offload(model, device_budget="50%", predictor="lookahead-0") as offloader:
+        assert torch.equal(generate(model), expected)
+        recall = offloader.stats()["predictor"]["recall"]
+    assert set(recall) == {"input+0"}
+    assert recall["input+0"]["tokens"] == 2 * (NEW_TOKENS - 1)
+    assert recall["input+0"]["recall_at_top_k"] == 1.0
+
+
+def test_auto_is_own_lookahead_for_large_pages_on_disk() -> None:
+    assert make_predictor("auto") is None
+    assert make_predictor("auto", disk_page_bytes=AUTO_PAGE_BYTES - 1) is None
+    assert make_predictor("auto", disk_page_bytes=AUTO_PAGE_BYTES).name == "lookahead-0"
+
+
+def test_auto_goes_without_a_router_and_says_so(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("moe_offload.predictors.AUTO_PAGE_BYTES", 1)
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+    paged = moe_offload.from_pretrained(tmp_path, device_budget="50%")
+    assert moe_offload.get_offloader(paged).stats()["predictor"]["name"] == "lookahead-0"
+    with moe_offload.offload(model, device_budget="50%") as offloader:  # in memory: nothing to gain
+        assert offloader.stats()["predictor"] is None
+
+    def none_found(*args):
+        raise PredictorError("no router found.")
+
+    monkeypatch.setattr("moe_offload.predictors.lookahead.RouterProbe", none_found)
+    with pytest.warns(UserWarning, match="nothing is fetched ahead: no router found"):
+        paged = moe_offload.from_pretrained(tmp_path, device_budget="50%")
+    assert moe_offload.get_offloader(paged).stats()["predictor"] is None

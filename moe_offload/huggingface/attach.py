@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload.config import OffloadConfig, format_bytes
-from moe_offload.errors import DeviceError, StateError, UnsupportedModelError
+from moe_offload.errors import DeviceError, PredictorError, StateError, UnsupportedModelError
 from moe_offload.expert_layer import ExpertLayer
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
 from moe_offload.layer import run_experts
@@ -170,11 +172,21 @@ class Attachment:
         for layer in self.layers:
             module: Any = experts_module(layer)
             _offloaded_class(module.__class__)  # refuses odd signatures before any change
-        predictor = make_predictor(config.predictor, _folder(model))
+        predictor = make_predictor(
+            config.predictor, _folder(model), self._disk_page_bytes(pages, config)
+        )
         self.offloader = Offloader(self.layers, pages, config, on_restore=self._restore)
         if predictor is not None:
             try:  # before the model changes: a predictor that does not fit leaves it as it is
                 self.offloader.predict_with(model, predictor)
+            except PredictorError as error:
+                if config.predictor != "auto":
+                    self.offloader.close()
+                    raise
+                warnings.warn(
+                    f'nothing is fetched ahead: {error} predictor="none" avoids this message.',
+                    stacklevel=2,
+                )
             except BaseException:
                 self.offloader.close()
                 raise
@@ -185,6 +197,15 @@ class Attachment:
         closer = weakref.finalize(model, self.offloader.close)  # a dead model leaves no threads
         self._undo.append(closer.detach)
         return self.offloader
+
+    def _disk_page_bytes(self, pages: Any, config: Any) -> int:
+        """Bytes of the largest page, 0 where the CPU does not read pages from files."""
+        if not isinstance(pages, FilePages) or torch.device(config.device).type != "cpu":
+            return 0
+        return max(
+            sum(math.prod(shape) * dtype.itemsize for shape, dtype in layer.tensors.values())
+            for layer in self.layers
+        )
 
     def move_rest(self) -> None:
         """Move everything but the experts to the device they are computed on; restore moves back.

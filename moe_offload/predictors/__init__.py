@@ -4,6 +4,7 @@
 | --- | --- |
 | `previous` | what the previous token used |
 | `recall` | what followed the most similar passes of the past |
+| `lookahead-0` | a layer's own router on the layer's input, before its attention |
 | `lookahead`, `lookahead-2`, `lookahead-3` | the next layers' own routers on the present state |
 | `ring` | nothing: every expert of the layers that come next (SE-MoE) |
 | folder of a trained `preattention` | the layer's input, before its attention |
@@ -30,6 +31,7 @@ _NAMES = (
     "auto",
     "previous",
     "recall",
+    "lookahead-0",
     "lookahead",
     "lookahead-2",
     "lookahead-3",
@@ -39,8 +41,9 @@ _NAMES = (
 _TRAINED = ("rpp", "preattention", "pregate")
 # Pre-gates that decide what is executed: changes tokens, so never by a path or by default.
 _LOSSY = "lossy_pregated"
-# What "auto" means: see docs/predictors.md for the measurements behind it.
-AUTO = "none"
+# What "auto" means for pages on disk of at least so many bytes, "none" for others: it pays at
+# 12 MiB and does not at 96 KiB (docs/predictors.md); between them nothing was measured.
+AUTO, AUTO_PAGE_BYTES = "lookahead-0", 4 << 20
 
 
 def check_predictor(spec: Any) -> None:
@@ -60,12 +63,13 @@ def check_predictor(spec: Any) -> None:
     )
 
 
-def make_predictor(spec: Any, model_folder: str = "") -> Predictor | None:
+def make_predictor(spec: Any, model_folder: str = "", disk_page_bytes: int = 0) -> Predictor | None:
     """The predictor that `OffloadConfig.predictor` names; None for "none".
 
     Args:
         spec: see `check_predictor`.
         model_folder: where the model's own trained predictors are looked for.
+        disk_page_bytes: of the largest page on disk, which decides what "auto" is.
 
     Raises:
         PredictorError: see `check_predictor`; or the path holds no trained predictor.
@@ -74,7 +78,9 @@ def make_predictor(spec: Any, model_folder: str = "") -> Predictor | None:
     if not isinstance(spec, str | os.PathLike):
         made: Predictor = spec
         return made
-    name = AUTO if spec == "auto" else spec
+    name = spec
+    if spec == "auto":
+        name = AUTO if disk_page_bytes >= AUTO_PAGE_BYTES else "none"
     if name == "none":
         return None
     if name == "previous":
@@ -90,8 +96,10 @@ def make_predictor(spec: Any, model_folder: str = "") -> Predictor | None:
 
         return LayerRing()
     if name in _NAMES:
-        from moe_offload.predictors.lookahead import GateLookahead
+        from moe_offload.predictors.lookahead import GateLookahead, OwnLookahead
 
+        if name == "lookahead-0":
+            return OwnLookahead()
         return GateLookahead(depth=int(str(name).partition("-")[2] or 1))
     if name == _LOSSY:
         return _lossy(Path(model_folder, "predictors"))

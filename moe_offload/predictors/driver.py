@@ -6,7 +6,8 @@ wasted); `csrc/predictors/ranking.h` learns that chance from the predictor's sco
 
 How many: what fits into the time until the layer needs it. That time is measured, and so is what
 a miss costs (stall per missed page); their ratio is the budget of one event, most probable pages
-and nearest layers first. What a newer prediction no longer names is cancelled.
+and nearest layers first. One page more is begun, because a demand joins a copy on its way. What a
+newer prediction no longer names is cancelled.
 
 Policies that evict by predicted next use are told every prediction, prefetched or not.
 
@@ -224,11 +225,11 @@ class PrefetchDriver:
         asked.begin_ns = time.perf_counter_ns()
 
     def _budget(self, moment: str) -> int:
-        """Pages whose copies fit into the time until they are needed, at least one."""
+        """Pages whose copies fit into the time until they are needed, and one that may not."""
         lead_ns = self._lead_ns.get(moment)
         if lead_ns is None or self._miss_ns <= 0:
             return self.max_rows
-        return max(1, round(lead_ns / self._miss_ns))
+        return 1 + round(lead_ns / self._miss_ns)
 
     # --- the score -----------------------------------------------------------------------------
 

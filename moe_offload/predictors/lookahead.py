@@ -1,9 +1,12 @@
-"""Gate look-ahead: the next layers' own routers, asked about the present hidden state.
+"""Gate look-ahead: routers asked before their turn, about the present hidden state.
 
 Training-free. A residual stream changes little from layer to layer, so the router of layer l + d,
 applied to the stream before layer l's experts were added, already points at most of what layer
 l + d will use (Eliseev & Mazur, arXiv 2312.17238; Speculating Experts, arXiv 2603.19289). The
 state goes through the norm of layer l + d, not of layer l.
+
+`OwnLookahead` asks a layer's own router before the layer's attention: the state lacks what that
+attention adds and nothing else, and the disk, which has read the layer before, is idle then.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class GateLookahead(Predictor):
         self.depth = depth
         self._probes: list[RouterProbe] = []
         self._warned = False
+        self._top_k = 0  # A, known from the first call on
 
     def bind(self, model: nn.Module, facts: ModelFacts) -> None:
         try:
@@ -48,6 +52,7 @@ class GateLookahead(Predictor):
             raise
 
     def layer_routed(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Predictions:
+        self._top_k = topk_ids.shape[1]
         with torch.no_grad():
             here = self._probes[layer]
             if not here.ready:
@@ -84,3 +89,21 @@ class GateLookahead(Predictor):
         for probe in self._probes:
             probe.close()
         self._probes = []
+
+
+class OwnLookahead(GateLookahead):
+    """Predicts layer l from its own input, before its attention."""
+
+    name = "lookahead-0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 0
+
+    def layer_input_known(self, layer: int, hidden: Tensor) -> Predictions:
+        probe = self._probes[layer]
+        if not (probe.ready and self.wanted and self._top_k):
+            return ()
+        with torch.no_grad():
+            scores = probe.ask(hidden, True, self._top_k)
+        return () if scores is None else (Prediction(layer, scores),)
