@@ -73,7 +73,7 @@ void check_decode(Case<T>& c, Case<T>& reference) {
     c.poison();
     run_decode<T, Format, 4>(c.params, 2, 12);
     CHECK(c.same_bits(first));
-    for (int warps : {1, 5, 8}) {  // another split of K: other bits, as near
+    for (int warps : {1, 8}) {  // another split of K: other bits, as near
         c.poison();
         run_decode<T, Format, 1>(c.params, warps, 13);
         c.check("other splits of K");
