@@ -228,8 +228,8 @@ def main() -> None:
     parser.add_argument("--speed-only", action="store_true", help="renew the speeds, keep the rows")
     parser.add_argument("--machine", help="folder name of the results")
     args = parser.parse_args()
+    path = RESULTS / (args.machine or machine_name()) / "replay.json"  # before a core is taken away
     pin_to_cores(1)
-    path = RESULTS / (args.machine or machine_name()) / "replay.json"
     where = environment() | {"command": f"python bench/replay.py FOLDER --tokens {args.tokens}"}
     results: Row = {"environments": {}, "page_bytes": {}, "tokens": {}, "rows": []}
     for name in [] if args.speed_only else args.traces.split(","):
