@@ -203,7 +203,7 @@ class Attachment:
         if not isinstance(pages, FilePages) or torch.device(config.device).type != "cpu":
             return 0
         return max(
-            sum(math.prod(shape) * dtype.itemsize for shape, dtype in layer.tensors.values())
+            sum(math.prod(shape) * dtype.itemsize for shape, dtype in layer.page.values())
             for layer in self.layers
         )
 
