@@ -31,14 +31,14 @@ def test_quick_run_writes_every_target(tmp_path: Path) -> None:
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
-    assert results["tokens_equal_to_resident"] == 2 * 3 * 5  # prompts, contenders, tokens
+    assert results["tokens_equal_to_resident"] == 2 * 4 * 5  # prompts, contenders, tokens
     assert "bench/end_to_end.py --quick" in results["environment"]["command"]
-    assert len(results["targets"]) == 18
+    assert len(results["targets"]) == 21
     kept = {row["target"]: row["kept"] for row in results["targets"]}
     assert kept["100%: disk bytes in steady state"]
     rows = {row["contender"]: row for row in results["rows"]}
     assert set(rows) == {
-        *("moe_offload 25%", "accelerate disk"),
+        *("moe_offload 25%", "moe_offload 25%, predictor none", "accelerate disk"),
         *("moe_offload 100%", "transformers resident"),
     }
     assert rows["moe_offload 100%"]["hit_percent"] == 100
