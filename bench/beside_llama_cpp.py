@@ -25,7 +25,7 @@ import gguf_checkpoint
 from comparison import Comparison
 from end_to_end import NUM_CORES, WHOLE_ALLOWANCE_BYTES
 from harness import Row, environment, machine_name, pin_to_cores, save
-from report import ALLOWANCE_BYTES, COLUMNS, FULL, PAGED, show, summarise
+from report import ALLOWANCE_BYTES, FULL, PAGED, show, summarise
 
 LLAMA_PAGED, LLAMA_FULL = "llama.cpp mmap, 25%", "llama.cpp mmap, 100%"
 ROUNDS, PROMPT_TOKENS, NEW_TOKENS = 6, 512, 12  # the first round warms up and does not count
@@ -88,7 +88,6 @@ def main() -> None:
         rows += found
     results = {
         "environment": record,
-        "columns": COLUMNS,
         "rows": rows,
         "comparisons": [
             {key: value for key, value in asdict(comparison).items() if key != "commands"}

@@ -62,12 +62,10 @@ def write(spec: Spec, checkpoint: Path, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with _Weights(checkpoint) as weights:
-        for _, keys, shape, plain in sources:
-            bits = np.stack([weights.bits(key) for key in keys]).reshape(shape)
-            writer.write_tensor_data(
-                (bits.astype(np.uint32) << 16).view(np.float32) if plain else bits
-            )
+    files = _open(checkpoint)
+    for _, keys, shape, plain in sources:
+        bits = np.stack([_bits(files[key], key) for key in keys]).reshape(shape)
+        writer.write_tensor_data((bits.astype(np.uint32) << 16).view(np.float32) if plain else bits)
     writer.close()
     path.with_suffix(".part").rename(path)
     return path
@@ -93,27 +91,17 @@ def _sources(spec: Spec) -> Iterator[tuple[str, list[str], tuple[int, ...], bool
             yield f"blk.{layer}.{target}.weight", keys, (experts, *sizes), False
 
 
-class _Weights:
-    """Tensors of the checkpoint as their bfloat16 bits."""
+def _open(checkpoint: Path) -> dict[str, Any]:
+    """The open file of each key."""
+    from safetensors import safe_open
 
-    def __init__(self, checkpoint: Path) -> None:
-        self._files: dict[str, Any] = {}
-        self._paths = sorted(checkpoint.glob("*.safetensors"))
+    files = [safe_open(path, "pt") for path in sorted(checkpoint.glob("*.safetensors"))]
+    return {key: file for file in files for key in file.keys()}  # noqa: SIM118, no mapping
 
-    def __enter__(self) -> _Weights:
-        from safetensors import safe_open
 
-        for path in self._paths:
-            opened = safe_open(path, "pt")
-            self._files |= dict.fromkeys(opened.keys(), opened)
-        return self
+def _bits(file: Any, key: str) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """A bfloat16 tensor's bits."""
+    import torch
 
-    def __exit__(self, *_: object) -> None:
-        self._files.clear()
-
-    def bits(self, key: str) -> np.ndarray[Any, np.dtype[np.uint16]]:
-        import torch
-
-        tensor = self._files[key].get_tensor(key)
-        found: np.ndarray[Any, np.dtype[np.uint16]] = tensor.view(torch.uint16).numpy()
-        return found
+    found: np.ndarray[Any, np.dtype[np.uint16]] = file.get_tensor(key).view(torch.uint16).numpy()
+    return found

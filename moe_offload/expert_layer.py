@@ -47,5 +47,13 @@ class ExpertLayer:
     @property
     def resident_bytes(self) -> int:
         """Bytes of all its experts as parameters of a resident model."""
-        each = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values())
-        return self.num_experts * each
+        return self.num_experts * _num_bytes(self.tensors)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one expert as a page holds it."""
+        return _num_bytes(self.page)
+
+
+def _num_bytes(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())

@@ -250,10 +250,7 @@ def test_rows_of_an_expert_taken_in_parts_keep_their_bits(num_threads: int) -> N
             Case("", 37, 2, 3, 64, 48, bias=True),
             *(whole.hidden[part], whole.weights, whole.ids[part], whole.topk[part]),
         )
-        out = alone.native()
-        few = (alone.ids[:, :, None] == torch.arange(3)).sum((0, 1)) <= 8
-        if not few[alone.ids.unique()].any():
-            assert torch.equal(out, got[part]), f"tokens from {begin} on"
+        assert torch.equal(alone.native(), got[part]), f"tokens from {begin} on"
 
 
 def test_a_tokens_bits_do_not_depend_on_other_tokens_of_few_row_experts() -> None:

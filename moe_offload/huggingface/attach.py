@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -202,10 +201,7 @@ class Attachment:
         """Bytes of the largest page, 0 where the CPU does not read pages from files."""
         if not isinstance(pages, FilePages) or torch.device(config.device).type != "cpu":
             return 0
-        return max(
-            sum(math.prod(shape) * dtype.itemsize for shape, dtype in layer.page.values())
-            for layer in self.layers
-        )
+        return max(layer.page_bytes for layer in self.layers)
 
     def move_rest(self) -> None:
         """Move everything but the experts to the device they are computed on; restore moves back.
