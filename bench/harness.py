@@ -23,6 +23,13 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+# By /proc/cpuinfo's flag, the widest first.
+INSTRUCTION_SETS = {
+    "amx_bf16": "amx",
+    "avx512_bf16": "avx512-bf16",
+    "avx512f": "avx512",
+    "avx2": "avx2",
+}
 
 # What is measured is this checkout, installed or not; children get the same (comparison.py).
 sys.path.insert(0, str(REPOSITORY))
@@ -49,6 +56,7 @@ def environment() -> Row:
         "versions": {"python": platform.python_version(), **versions},
         "kernel": platform.release(),
         "cpu": _cpu_model(),
+        "isa": _widest_isa(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average_at_start": round(os.getloadavg()[0], 2),
@@ -74,16 +82,31 @@ def _git(*arguments: str) -> str:
 
 
 def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.machine()
+
+
+def _widest_isa() -> str | None:
+    flags = (_cpuinfo("flags") or "").split()
+    return next((isa for flag, isa in INSTRUCTION_SETS.items() if flag in flags), None)
+
+
+def _cpuinfo(key: str) -> str | None:
+    """The first value of `key` in /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
+        if line.startswith(key):
             return line.split(":", 1)[1].strip()
-    return platform.machine()
+    return None
 
 
 def machine_name() -> str:
-    """A folder name for this kind of machine, such as "amd-epyc-2-cores"."""
+    """A folder name for this kind of machine, such as "amd-epyc-avx2-2-cores".
+
+    Virtual machines of different processors call them all "AMD EPYC"; what the kernels run at
+    depends on the widest instruction set there is, so that is in the name.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*", "", _cpu_model().lower())).strip("-")
-    return f"{slug}-{len(os.sched_getaffinity(0))}-cores"
+    cores = f"{len(os.sched_getaffinity(0))}-cores"
+    return "-".join(filter(None, (slug, _widest_isa(), cores)))
 
 
 def spread(values: Iterable[float]) -> Row:

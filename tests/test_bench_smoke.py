@@ -25,6 +25,30 @@ def report(monkeypatch: pytest.MonkeyPatch):
     return report
 
 
+CPUINFO = "processor\t: 0\nmodel name\t: AMD EPYC 9B14 (Genoa) @ 2.6GHz\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("flags\t\t: fpu avx avx2 fma\n", "amd-epyc-9b14-avx2-2-cores"),
+        ("flags\t\t: avx2 avx512f avx512bw\n", "amd-epyc-9b14-avx512-2-cores"),
+        ("flags\t\t: avx2 avx512f avx512_bf16\n", "amd-epyc-9b14-avx512-bf16-2-cores"),
+        ("flags\t\t: avx2 avx512f avx512_bf16 amx_bf16\n", "amd-epyc-9b14-amx-2-cores"),
+        ("", "amd-epyc-9b14-2-cores"),  # no x86
+    ],
+)
+def test_results_of_other_instruction_sets_have_another_folder(
+    monkeypatch: pytest.MonkeyPatch, flags: str, name: str
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import harness
+
+    monkeypatch.setattr(harness.Path, "read_text", lambda _: CPUINFO + flags)
+    monkeypatch.setattr(harness.os, "sched_getaffinity", lambda _: {0, 1})
+    assert harness.machine_name() == name
+
+
 def test_quick_run_writes_every_target(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     script = [sys.executable, str(BENCH / "end_to_end.py"), "--quick", "--output", str(output)]

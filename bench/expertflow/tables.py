@@ -146,7 +146,9 @@ PRESETS = ("cache-moe", "se-moe", "pregated-moe", "expertflow", "auto")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--machine", default="amd-epyc-2-cores", help="folder of the results")
+    parser.add_argument(
+        "--machine", default="amd-epyc-avx512-bf16-2-cores", help="folder of the results"
+    )
     folder = RESULTS / parser.parse_args().machine
     rows = replay_rows(folder / "replay.json")
     gaps(rows, "auto", "gap_closed")
