@@ -225,9 +225,12 @@ class _Facts:
 def _live_facts(model: nn.Module) -> _Facts:
     from moe_offload.huggingface.adapters import find_expert_layers
     from moe_offload.huggingface.attach import find_attachment
+    from moe_offload.huggingface.llama4 import unteach
 
     attachment = find_attachment(model)  # offloaded already
     layers = attachment.layers if attachment else find_expert_layers(model)
+    if attachment is None:
+        unteach(model)
     in_memory = attachment is None or attachment.holds_parameters
     config: Any = copy.deepcopy(model.config)
     config.dtype = model.dtype  # it may have been cast since it was made

@@ -249,12 +249,18 @@ def to_aligned_memory(model: nn.Module) -> None:
 @contextmanager
 def _experts_by(implementation: str, model: Any) -> Iterator[None]:
     """Let a transformers model compute its experts in another way for a while."""
+    from moe_offload.huggingface import llama4
+
     before = model.get_experts_implementation()
     model.set_experts_implementation(implementation)
+    taught = llama4.teach(model)
+    llama4.set_implementation(model, implementation)
     try:
         yield
     finally:
         model.set_experts_implementation(before)
+        if taught:
+            llama4.unteach(model)
 
 
 def _answer(model: Any, ids: Tensor, max_new_tokens: int) -> _Answer:

@@ -13,7 +13,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, experts_modules, family, plain_model, prompt_ids, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 import moe_offload
 from moe_offload import memory
@@ -429,3 +434,18 @@ def test_hub_ids_resolve_through_the_local_cache(
 def test_families_have_distinct_layouts() -> None:
     """The fixtures above cover per-expert, fused, and biased transposed layouts."""
     assert len({family(name).sections for name in ("mixtral", "gpt_oss")}) == 2
+
+
+def test_experts_that_cannot_be_read_one_by_one_are_refused(tmp_path: Path) -> None:
+    """Ernie 4.5 VL's files number text and vision experts through, in lists of one kind."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    text = {**sizes, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 128}
+    text |= {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": [16, 16]}
+    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text["rope_parameters"] = rope
+    vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model("ernie4_5_vl_moe", text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"ErnieFuse\w+; expected one tensor per exp"):
+        moe_offload.from_pretrained(tmp_path)

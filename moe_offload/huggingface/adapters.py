@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_offload.errors import StateError, UnsupportedModelError
 from moe_offload.expert_layer import ExpertLayer
+from moe_offload.huggingface.llama4 import teach
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,7 +48,7 @@ def section_names(module: nn.Module) -> list[str]:
 
 
 def find_expert_layers(model: nn.Module) -> list[ExpertLayer]:
-    """Find the experts of every layer, in module order.
+    """Find the experts of every layer, in module order. Llama 4 is taught the interface first.
 
     Args:
         model: a transformers model, its experts on any device (meta included).
@@ -64,6 +65,7 @@ def find_expert_layers(model: nn.Module) -> list[ExpertLayer]:
             f"expected a transformers model (a torch.nn.Module), got {type(model).__name__}. "
             "For a path or hub id use moe_offload.from_pretrained."
         )
+    teach(model)
     modules = list(_experts_modules(model))
     if not modules:
         raise _no_experts(model)

@@ -23,6 +23,7 @@ from moe_offload.config import OffloadConfig, format_bytes
 from moe_offload.errors import DeviceError, PredictorError, StateError, UnsupportedModelError
 from moe_offload.expert_layer import ExpertLayer
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
+from moe_offload.huggingface.llama4 import unteach
 from moe_offload.layer import run_experts
 from moe_offload.offloader import Offloader
 from moe_offload.predictors import make_predictor
@@ -60,12 +61,16 @@ def offload(model: nn.Module, device_budget: int | str = "25%", **options: Any) 
     """
     config = OffloadConfig.from_options(device_budget=device_budget, **options)
     layers = find_expert_layers(model)
-    _refuse_training(model, layers)
-    pages = TensorPages()
-    for index, layer in enumerate(layers):
-        pages.add_layer(index, {name: _host(layer, name) for name in layer.tensors})
-    attachment = Attachment(model, layers)
-    offloader = attachment.start(pages, config)
+    try:
+        _refuse_training(model, layers)
+        pages = TensorPages()
+        for index, layer in enumerate(layers):
+            pages.add_layer(index, {name: _host(layer, name) for name in layer.tensors})
+        attachment = Attachment(model, layers)
+        offloader = attachment.start(pages, config)
+    except BaseException:
+        unteach(model)
+        raise
     try:
         attachment.move_rest()
     except BaseException:
@@ -281,6 +286,7 @@ class Attachment:
             self._unpage(index, layer_parameters)
         for undo in self._undo:
             undo()
+        unteach(model)
         del vars(model)["_moe_offload"]
 
     def _guard_model(self, model: nn.Module) -> None:

@@ -127,6 +127,14 @@ class CheckpointExperts:
                 f"{self.checkpoint.location}: {', '.join(recipe.sources)} all claim to be "
                 f"{recipe.first_target}. Keep one of them."
             )
+        elif any(len(keys) > 1 for keys in recipe.sources.values()):
+            how = ", ".join(type(op).__name__ for op in recipe.operations) or "nothing"
+            raise UnsupportedModelError(
+                f"{self.checkpoint.location}: {recipe.first_target} is made of the tensors "
+                f"{next(iter(recipe.sources))} by {how}; expected one tensor per expert, or one "
+                "with the experts along its first dimension. Load the whole model with "
+                "transformers and use moe_offload.offload(model)."
+            )
         else:
             for (key,) in recipe.sources.values():
                 shape = self.checkpoint.tensors[key].shape

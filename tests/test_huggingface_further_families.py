@@ -1,0 +1,58 @@
+"""Families with no code of their own: each equals its resident self, live and from a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from further_families import FURTHER, UNTESTED, further_model
+from tiny_models import FAMILIES, prompt_ids
+from torch import Tensor
+
+import moe_offload
+from moe_offload.huggingface.loading import from_pretrained
+
+
+def logits(model: object) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=prompt_ids(batch=2)).logits
+
+
+def check_paged(model: object, expected: Tensor) -> None:
+    got = logits(model)
+    stats = moe_offload.get_offloader(model).stats()
+    assert torch.equal(got, expected)
+    assert stats["lookups"] > 0, "the experts were not paged at all"
+    assert {row["passed_over"] for row in stats["per_layer"]} == {None}, "not on our kernels"
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_live_and_loaded_models_equal_resident(name: str, tmp_path: Path) -> None:
+    model = further_model(name)
+    expected = logits(model)
+    assert torch.isfinite(expected).all()
+    model.save_pretrained(tmp_path)
+    with moe_offload.offload(model, device_budget="25%"):
+        check_paged(model, expected)
+    assert torch.equal(logits(model), expected), "restore left something behind"
+    loaded = from_pretrained(tmp_path, device_budget="25%")
+    assert type(loaded) is type(model)
+    check_paged(loaded, expected)
+
+
+def test_no_family_is_forgotten() -> None:
+    """What the README says of transformers 5.17: all families but those named."""
+    if not transformers.__version__.startswith("5.17."):
+        pytest.skip(f"the list is of transformers 5.17, this is {transformers.__version__}")
+    folder = Path(transformers.__file__).parent / "models"
+    common = {
+        file.parent.name
+        for file in folder.glob("*/modeling_*.py")
+        if "@use_experts_implementation" in file.read_text()
+    }
+    tested = {re.sub("_text$", "", name) for name in FURTHER} | {entry.name for entry in FAMILIES}
+    assert tested | set(UNTESTED) == common
+    assert not tested & set(UNTESTED)
