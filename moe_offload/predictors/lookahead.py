@@ -67,6 +67,7 @@ class GateLookahead(Predictor):
                 probe = self._probes[ahead]
                 if probe.ready:
                     scores = probe.ask(state, before_norm, topk_ids.shape[1])
+                    self._warn(probe)
                     if scores is not None:
                         found.append(Prediction(ahead, scores))
             return found
@@ -104,6 +105,15 @@ class OwnLookahead(GateLookahead):
         probe = self._probes[layer]
         if not (probe.ready and self.wanted and self._top_k):
             return ()
+        if hidden.dim() > 3:  # hyper-connections: the streams are mixed inside the layer
+            probe.ready = False
+            probe.refused = (
+                f"{probe.name}: its layer's input has several streams per token, "
+                f"{tuple(hidden.shape)}, and a router sees one"
+            )
+            self._warn(probe)
+            return ()
         with torch.no_grad():
             scores = probe.ask(hidden, True, self._top_k)
+        self._warn(probe)
         return () if scores is None else (Prediction(layer, scores),)

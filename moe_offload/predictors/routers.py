@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from moe_offload import _core
@@ -75,6 +76,7 @@ class RouterProbe:
         self._kwargs: dict[str, Any] = {}
         self._folded: _FoldedRouter | None = None
         self._ndim = 2  # of the router's input
+        self._input_dtype: torch.dtype | None = None
         self._input: Tensor | None = None  # the router's
         self._residual: Tensor | None = None  # the norm's
         self._seen: list[tuple[nn.Module, Tensor, Tensor]] = []  # norm, its input, its output
@@ -109,16 +111,23 @@ class RouterProbe:
             return
         if self._input is None:
             self.refused = f"{self.name}: its router was not called through the module"
+        elif _takes_tokens([*self._args, *self._kwargs.values()]):
+            self.refused = (
+                f"{self.name}: {type(self.router).__name__} is given the tokens as well, which are "
+                "not known ahead"
+            )
         else:
             self._find_norm()
-            self._ndim = self._input.dim()
-            answer = self._read(self._ask_own(), topk_ids.shape[1])
+            self._ndim, self._input_dtype = self._input.dim(), self._input.dtype
+            answer = self._ask(self._input, topk_ids.shape[1])
             theirs = topk_ids.numpy()
             chosen = np.any(theirs < self._num_experts, axis=-1)  # rows that are not muted
             if not chosen.any():
                 self._seen.clear()
                 return  # nothing to compare: the next call will tell
-            if answer is None or not _same_choice(answer[1], theirs, chosen):
+            if self.refused is not None:
+                pass  # asking raised
+            elif answer is None or not _same_choice(answer[1], theirs, chosen):
                 self.refused = (
                     f"{self.name}: asked about its own input, {type(self.router).__name__} did not "
                     "give the experts the model chose"
@@ -135,7 +144,7 @@ class RouterProbe:
     def _find_norm(self) -> None:
         assert self._input is not None
         for module, given, out in self._seen:
-            if out.data_ptr() == self._input.data_ptr() and out.numel() == self._input.numel():
+            if _same_numbers(out, self._input):
                 self.norm, self._residual = module, given
                 self._handles.append(module.register_forward_pre_hook(self._before_norm))
 
@@ -157,18 +166,25 @@ class RouterProbe:
         """
         if before_norm and self._folded is not None:
             return margins(self._folded.logits(state), top_k)
+        assert self._input_dtype is not None
         if before_norm and self.norm is not None:
             state = self.norm.forward(state)
         if self._ndim == 2:
             state = state.reshape(-1, state.shape[-1])
-        answer = self._read(
-            self.router.forward(state, *self._args, **self._kwargs),  # no hooks: not recorded
-            top_k,
-        )
+        answer = self._ask(state.to(self._input_dtype), top_k)
         return None if answer is None else _scores(*answer)
 
-    def _ask_own(self) -> Any:
-        return self.router.forward(self._input, *self._args, **self._kwargs)
+    def _ask(self, state: Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the router says about its input; None, and `refused`, where it cannot."""
+        try:  # no hooks: not recorded
+            return self._read(self.router.forward(state, *self._args, **self._kwargs), top_k)
+        except Exception as error:  # foreign code, asked out of turn: the model must go on
+            self.refused = (
+                f"{self.name}: asking {type(self.router).__name__} ahead raised "
+                f"{type(error).__name__} ({error})"
+            )
+            self.ready = False
+            return None
 
     def _read(self, outputs: Any, top_k: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Logits [R, E] and chosen ids [R, A] from what a router returns, in whatever order."""
@@ -241,6 +257,19 @@ def _fold(
         if (np.sort(top, -1) == chosen).all(-1).mean() >= 0.95:
             return folded
     return None
+
+
+def _takes_tokens(values: list[Any]) -> bool:
+    return any(isinstance(v, Tensor) and not v.is_floating_point() for v in values)
+
+
+def _same_numbers(out: Tensor, given: Tensor) -> bool:
+    """Is this the same tensor, or a copy of it in another dtype?"""
+    if out.numel() != given.numel():
+        return False
+    if out.data_ptr() == given.data_ptr():
+        return True
+    return out.dtype != given.dtype and torch.equal(out.reshape(-1).to(given.dtype), given.view(-1))
 
 
 def _same_choice(mine: np.ndarray, theirs: np.ndarray, rows: Any) -> bool:
