@@ -11,10 +11,13 @@ import transformers
 from further_families import FURTHER, UNTESTED, further_model
 from tiny_models import FAMILIES, prompt_ids
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import moe_offload
 from moe_offload.errors import PredictorError
+from moe_offload.huggingface.experts import NAME
 from moe_offload.huggingface.loading import from_pretrained
+from moe_offload.verification import to_aligned_memory
 
 
 def logits(model: object) -> Tensor:
@@ -53,20 +56,28 @@ def test_live_and_loaded_models_equal_resident(name: str, tmp_path: Path) -> Non
     assert torch.equal(logits(model), expected), "restore left something behind"
     loaded = from_pretrained(tmp_path, device_budget="25%")
     assert type(loaded) is type(model)
-    check_paged(loaded, expected)
+    check_paged(loaded, logits(resident(tmp_path, type(model))))
+
+
+def resident(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """As transformers loads it: some families keep a few dense weights in float32."""
+    model = model_class.from_pretrained(folder)
+    model.set_experts_implementation(NAME)
+    to_aligned_memory(model)
+    return model
 
 
 # Routers that lookahead-0 cannot ask: why.
 NOT_ASKED = {
     "deepseek_v4": "is given the tokens as well",
-    "hy_v4": "several streams per token",
+    "hy_v4": "is more than one state",
     "inkling_text": "expected one router beside",
+    "qwen4_exp": "is more than one state",
     "zaya": "expected one router beside",
 }
-NO_STEPS = {"mimo_v2_flash"}  # this tiny model does not step on a cache, offloaded or not
 
 
-@pytest.mark.parametrize("name", sorted(set(FURTHER) - NO_STEPS))
+@pytest.mark.parametrize("name", FURTHER)
 @pytest.mark.filterwarnings("ignore:lookahead")
 def test_fetching_ahead_by_its_own_router_never_breaks_a_model(name: str) -> None:
     """What `predictor="auto"` does with large pages on disk."""

@@ -105,11 +105,11 @@ class OwnLookahead(GateLookahead):
         probe = self._probes[layer]
         if not (probe.ready and self.wanted and self._top_k):
             return ()
-        if hidden.dim() > 3:  # hyper-connections: the streams are mixed inside the layer
-            probe.ready = False
+        if hidden.dim() > 3 or hidden.shape[-1] != probe.width:
+            probe.ready = False  # hyper-connections: several streams, mixed inside the layer
             probe.refused = (
-                f"{probe.name}: its layer's input has several streams per token, "
-                f"{tuple(hidden.shape)}, and a router sees one"
+                f"{probe.name}: its layer's input, {tuple(hidden.shape)}, is more than one state "
+                f"[{probe.width}] per token, which is what its router sees"
             )
             self._warn(probe)
             return ()

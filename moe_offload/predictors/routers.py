@@ -61,6 +61,7 @@ class RouterProbe:
         num_experts: E.
 
     Attributes:
+        width: H of its input.
         refused: why this router cannot be asked, or None.
         ready: the first call was seen and agreed.
     """
@@ -84,7 +85,7 @@ class RouterProbe:
             self.router.register_forward_pre_hook(self._before_router, with_kwargs=True)
         ]
         self._norm_handles = []
-        width = _weight(self.router).shape[1]
+        width = self.width = int(_weight(self.router).shape[1])
         inside = {*layer.experts.modules(), self.router}
         for module in layer.decoder_layer.modules():
             own = [p for p in module._parameters.values() if p is not None]
