@@ -110,13 +110,31 @@ std::unique_ptr<CopyEngine> on_device(const CudaDevice& device,
     return std::make_unique<CudaCopyEngine>(device.context, source, std::move(reader), copy);
 }
 
+// PagerOptions::shifts as the source wants them; a page must stay within its slot.
+std::vector<uint32_t> page_shifts(const PageSource& source, const std::vector<int32_t>& num_experts,
+                                  size_t page_bytes, size_t slot_stride) {
+    const int32_t stride = *std::max_element(num_experts.begin(), num_experts.end());
+    std::vector<uint32_t> shifts(num_experts.size() * static_cast<size_t>(stride), 0);
+    for (size_t layer = 0; layer < num_experts.size(); ++layer)
+        for (int32_t expert = 0; expert < num_experts[layer]; ++expert) {
+            const uint32_t shift = source.shift(static_cast<int32_t>(layer), expert);
+            if (page_bytes == 0 || shift + page_bytes > slot_stride)
+                throw std::invalid_argument("Pager: a page of " + std::to_string(page_bytes) +
+                                            " bytes shifted by " + std::to_string(shift) +
+                                            " does not fit a slot of " +
+                                            std::to_string(slot_stride));
+            shifts[layer * static_cast<size_t>(stride) + static_cast<size_t>(expert)] = shift;
+        }
+    return shifts;
+}
+
 std::shared_ptr<Pager> make_pager(
     std::shared_ptr<PageSource> source, std::vector<int32_t> num_experts,
     std::vector<std::string> layer_names, uintptr_t slots, size_t num_slots, size_t slot_stride,
     const std::string& policy, const std::vector<std::pair<int32_t, int32_t>>& kept,
     size_t admit_limit, const std::string& io_engine, int num_threads, int queue_depth,
     size_t chunk_bytes, double wait_timeout_s, const CudaDevice* cuda, size_t page_bytes,
-    size_t copy_chunk_bytes, size_t host_bytes, bool pin_in_background) {
+    size_t copy_chunk_bytes, size_t host_bytes, bool pin_in_background, bool shift_pages) {
     if (num_experts.empty()) throw std::invalid_argument("Pager: expected at least one layer");
     if (num_threads < 1 || queue_depth < 1)
         throw std::invalid_argument("Pager: expected num_threads and queue_depth >= 1");
@@ -144,6 +162,8 @@ std::shared_ptr<Pager> make_pager(
     options.slots = reinterpret_cast<std::byte*>(slots);
     options.num_slots = num_slots;
     options.slot_stride = slot_stride;
+    if (shift_pages)
+        options.shifts = page_shifts(*source, options.num_experts, page_bytes, slot_stride);
     options.admit_limit = admit_limit;
     options.wait_timeout_ns = static_cast<int64_t>(wait_timeout_s * 1e9);
     auto rule = make_policy(policy, {.num_experts = options.num_experts,
@@ -350,7 +370,7 @@ PYBIND11_MODULE(_core, m) {
              "io_engine"_a = "auto", "num_threads"_a = 4, "queue_depth"_a = 4,
              "chunk_bytes"_a = 1 << 20, "wait_timeout_s"_a = 120.0, "cuda"_a = nullptr,
              "page_bytes"_a = 0, "copy_chunk_bytes"_a = 8 << 20, "host_bytes"_a = 0,
-             "pin_in_background"_a = true)
+             "pin_in_background"_a = true, "shift_pages"_a = false)
         .def(
             "acquire",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& experts,
@@ -404,6 +424,16 @@ PYBIND11_MODULE(_core, m) {
         .def("engine_limit", [](const Pager& self) { return self.engine().limit(); })
         .def_property_readonly("num_live_tickets", &Pager::num_live_tickets)
         .def_property_readonly("admit_limit", &Pager::admit_limit)
+        .def_property_readonly(
+            "slot_shifts",
+            [](const Pager& self) { return reinterpret_cast<uintptr_t>(self.slot_shifts()); },
+            "address of uint32 [num_slots], where in its slot each page begins; 0: at the start")
+        .def(
+            "slot_shift",
+            [](const Pager& self, SlotIndex slot) {
+                return self.slot_shifts() ? self.slot_shifts()[static_cast<size_t>(slot)] : 0;
+            },
+            "slot"_a)
         .def_property_readonly("uses_weights", &Pager::uses_weights)
         .def_property_readonly("io_engine", &Pager::engine_name)
         .def_property_readonly("uses_predictions", &Pager::uses_predictions)

@@ -139,21 +139,26 @@ void bind_expert_ffn(py::module_& m) {
                          const std::optional<View>& gate_bias, const std::string& format,
                          const std::optional<Scales>& up_scales,
                          const std::optional<Scales>& down_scales,
-                         const std::optional<Scales>& gate_scales) {
+                         const std::optional<Scales>& gate_scales, uintptr_t shifts) {
                  FfnWeights weights{view(gate),          view(up),      view(down),
                                     view(gate_bias),     view(up_bias), view(down_bias),
                                     format_named(format)};
                  set_scales(weights.up, up_scales);
                  set_scales(weights.down, down_scales);
                  set_scales(weights.gate, gate_scales);
+                 for (WeightView* view : {&weights.gate, &weights.up, &weights.down,
+                                          &weights.gate_bias, &weights.up_bias, &weights.down_bias})
+                     view->shifts = reinterpret_cast<const uint32_t*>(shifts);
                  return weights;
              }),
              "up"_a, "down"_a, "gate"_a = py::none(), "up_bias"_a = py::none(),
              "down_bias"_a = py::none(), "gate_bias"_a = py::none(), "format"_a = "plain",
              "up_scales"_a = py::none(), "down_scales"_a = py::none(), "gate_scales"_a = py::none(),
+             "shifts"_a = 0,
              "Each view: (address of slot 0, bytes to the next slot, to the next row, to the next "
              "element of a row); scales of quantised matrices: (address of slot 0, bytes to the "
-             "next).");
+             "next). shifts: address of uint32 [S], bytes that each slot's page lies further on; "
+             "0: none does.");
 
     py::class_<FfnRun>(m, "FfnRun")
         .def_property_readonly("experts", &FfnRun::experts)

@@ -136,6 +136,7 @@ class Pager:
         copy_chunk_bytes: int = ...,
         host_bytes: int = 0,
         pin_in_background: bool = True,
+        shift_pages: bool = False,
     ) -> None: ...
     def acquire(
         self,
@@ -171,6 +172,9 @@ class Pager:
     def num_live_tickets(self) -> int: ...
     @property
     def admit_limit(self) -> int: ...
+    @property
+    def slot_shifts(self) -> int: ...
+    def slot_shift(self, slot: int) -> int: ...
     @property
     def uses_weights(self) -> bool: ...
     @property
@@ -208,6 +212,7 @@ class FfnWeights:
         up_scales: tuple[int, int] | None = None,
         down_scales: tuple[int, int] | None = None,
         gate_scales: tuple[int, int] | None = None,
+        shifts: int = 0,
     ) -> None: ...
 
 class FfnRun:

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_offload import _core
 from moe_offload.config import format_bytes
 from moe_offload.errors import BudgetError, DeviceError, StateError
-from moe_offload.pages import SLOT_ALIGN, PageLayout, allocate_slab
+from moe_offload.pages import SLOT_ALIGN, allocate_slab
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class ComputeDevice:
                 "the parts between the experts, or call the model without graphs."
             )
 
-    def allocate_slab(self, layout: PageLayout, num_slots: int) -> Tensor:
+    def allocate_slab(self, num_slots: int, stride: int) -> Tensor:
         """A zeroed slab of slots, see `pages.allocate_slab`; written when this returns.
 
         Raises:
             BudgetError: the device has no room for them.
         """
         if self.torch_device.type != "cuda":
-            return allocate_slab(layout, num_slots)
-        nbytes = num_slots * layout.slot_stride
+            return allocate_slab(num_slots, stride)
+        nbytes = num_slots * stride
         try:
             with self.guard():
                 raw = torch.zeros(nbytes + SLOT_ALIGN, dtype=torch.uint8, device=self.torch_device)

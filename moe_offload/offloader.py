@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moe_offload.backends import choose
+from moe_offload.backends import ExpertBackend, choose
 from moe_offload.budgets import plan_host, plan_slots, smallest_budget
 from moe_offload.config import OffloadConfig, format_bytes
 from moe_offload.device import ComputeDevice, open_device
@@ -85,12 +85,15 @@ class Offloader:
             ):
                 counts = [self.layers[index].num_experts for index in members]
                 names = [self.layers[index].name for index in members]
+                backends = [self._choose(layout, index) for index in members]
+                may_shift = all(getattr(backend, "reads_shifted", False) for backend in backends)
                 pool = ExpertPool(
-                    layout, members, names, counts, pages, num_slots, config, self.device, room
+                    *(layout, members, names, counts, pages, num_slots, config),
+                    *(self.device, room, may_shift),
                 )
                 self.pools.append(pool)
-                for local, index in enumerate(members):
-                    self._handles[index] = self._bind(pool, local, index)
+                for local, (index, backend) in enumerate(zip(members, backends, strict=True)):
+                    self._handles[index] = self._bind(pool, local, index, backend)
             self._fill()
         except BaseException:
             _close_pools(self.pools)
@@ -98,19 +101,28 @@ class Offloader:
         # Also runs at interpreter exit, before threads become impossible to join.
         self._finalizer = weakref.finalize(self, _close_pools, self.pools)
 
-    def _bind(self, pool: ExpertPool, local: int, index: int) -> PagedLayer:
+    def _choose(self, layout: PageLayout, index: int) -> ExpertBackend | None:
+        """Who computes a layer; None for one that is only paged."""
+        layer = self.layers[index]
+        if layer.module is None:
+            return None
+        backend, passed_over = choose(
+            self.config.expert_backend,
+            layer.module,
+            layout,
+            layer.name,
+            self.device.torch_device.type,
+        )
+        self._backends[index] = (backend.name, passed_over)
+        return backend
+
+    def _bind(
+        self, pool: ExpertPool, local: int, index: int, backend: ExpertBackend | None
+    ) -> PagedLayer:
         layer = self.layers[index]
         experts = None
-        if layer.module is not None:
-            backend, passed_over = choose(
-                self.config.expert_backend,
-                layer.module,
-                pool.layout,
-                layer.name,
-                self.device.torch_device.type,
-            )
+        if backend is not None:
             experts = backend.bind(layer.module, pool.layout, layer.num_experts)
-            self._backends[index] = (backend.name, passed_over)
         return PagedLayer(pool, local, layer.name, layer.num_experts, experts)
 
     def _fill(self) -> None:

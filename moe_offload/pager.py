@@ -2,6 +2,10 @@
 
 One `ExpertPool` per page layout, shared by all layers that have it. torch allocates the slab of
 slots; `_core.Pager` decides and copies; the views are the slots seen as parameters, [S, ...].
+
+A page read from a file may begin some bytes behind the start of its slot, so that the disk can
+write it there without a detour (csrc/paging/file_source.h). Only backends that ask for each slot's
+shift get such a pool; it has no views, because no stride leads from page to page.
 """
 
 from __future__ import annotations
@@ -18,10 +22,14 @@ from moe_offload.backends import BoundExperts
 from moe_offload.config import OffloadConfig
 from moe_offload.device import HOST, ComputeDevice
 from moe_offload.errors import StateError
-from moe_offload.pages import PageLayout
+from moe_offload.pages import SLOT_ALIGN, PageLayout
 from moe_offload.sources import PageSource
 
 MIN_SLOTS: int = _core.MIN_SLOTS  # one page is computed while the next arrives
+
+# Smaller pages begin where their slots do: the room to shift them, SLOT_ALIGN bytes a slot, would
+# cost more of the budget than 1 / 256 of it, and models that small fit in memory anyway.
+MIN_SHIFTED_BYTES = 1 << 20
 
 Counters = dict[str, list[int]]
 
@@ -64,6 +72,7 @@ class ExpertPool:
         host_bytes: for slots on a GPU, host memory between source and slots: pages in files get
             frames in it, tensors are pinned where they lie, up to so many bytes.
         config: io_engine, chunk_bytes, direct_io, policy and so on.
+        may_shift: whoever reads the slots asks the pager where in them pages begin.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class ExpertPool:
         config: OffloadConfig,
         device: ComputeDevice = HOST,
         host_bytes: int = 0,
+        may_shift: bool = False,
     ) -> None:
         self.layout = layout
         self.device = device
@@ -86,6 +96,14 @@ class ExpertPool:
         self.num_experts = num_experts
         self._config = config
         self._source = source.core_source(layout, layers, num_experts, config.direct_io)
+        self.shifted = (
+            may_shift
+            and device.cuda is None
+            and layout.page_bytes >= MIN_SHIFTED_BYTES
+            and isinstance(self._source, _core.FileSource)
+            and self._source.io_mode != "buffered"
+        )
+        self.slot_stride = layout.slot_stride + (SLOT_ALIGN if self.shifted else 0)
         self.on_acquired: Callable[[], None] | None = None  # a predictor's turn, see predictors/
         self._past: Counters = {}  # counters of pagers that a resize replaced
         self._open(num_slots)
@@ -102,15 +120,17 @@ class ExpertPool:
         self.num_slots = min(num_slots, self.num_pages)
         slots = max(self.num_slots, MIN_SLOTS)  # a pool of one page still gets two slots
         kept = self.kept_pages() if self._config.policy == "static" else []
-        self.slab: Tensor | None = self.device.allocate_slab(self.layout, slots)
-        self.views: dict[str, Tensor] = self.layout.views(self.slab)
+        self.slab: Tensor | None = self.device.allocate_slab(slots, self.slot_stride)
+        # Parameters [S, ...] of pages that begin where their slots do. Where the pool is shifted,
+        # the page of slot s lies pager.slot_shift(s) bytes further on.
+        self.slot_starts: dict[str, Tensor] = self.layout.views(self.slab, self.slot_stride)
         self.pager = _core.Pager(
             source=self._source,
             num_experts=self.num_experts,
             layer_names=self.names,
             slots=self.slab.data_ptr(),
             num_slots=slots,
-            slot_stride=self.layout.slot_stride,
+            slot_stride=self.slot_stride,
             policy=self._config.policy,
             kept=kept,
             io_engine=self._config.io_engine,
@@ -122,7 +142,38 @@ class ExpertPool:
             page_bytes=self.layout.page_bytes,
             copy_chunk_bytes=self._config.copy_chunk_bytes,
             host_bytes=self._host_bytes,
+            shift_pages=self.shifted,
         )
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """All slots as parameters, [S, ...].
+
+        Raises:
+            StateError: pages of this pool are shifted, each by its own bytes.
+        """
+        if self.shifted:
+            raise StateError(
+                "pool: its pages are shifted within their slots, so they are not one tensor. Use "
+                "page_views(slot)."
+            )
+        return self.slot_starts
+
+    def page_views(self, slot: int) -> dict[str, Tensor]:
+        """The page in a slot as one expert's parameters, wherever in the slot it begins.
+
+        Valid for pages that are resident or that a ticket was given, while they stay.
+        """
+        if self.slab is None:
+            raise StateError("pool: its slots were given back")
+        begin = slot * self.slot_stride + self.pager.slot_shift(slot)
+        page = self.slab[begin : begin + self.layout.page_bytes]
+        return {
+            section.name: page[section.offset : section.offset + section.nbytes]
+            .view(section.dtype)
+            .view(section.shape)
+            for section in self.layout.sections
+        }
 
     def kept_pages(self) -> list[tuple[int, int]]:
         """The static set in pool indices: as configured, else the first experts of each layer."""
@@ -170,7 +221,7 @@ class ExpertPool:
             )
         self._past = self.counters()
         self.pager.close()
-        self.views = {}
+        self.slot_starts = {}
         self.slab = None
         self._open(num_slots)
 
@@ -218,5 +269,5 @@ class ExpertPool:
     def close(self) -> None:
         """Stop the workers and give the slots back. Idempotent."""
         self.pager.close()
-        self.views = {}
+        self.slot_starts = {}
         self.slab = None

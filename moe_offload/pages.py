@@ -4,7 +4,8 @@ A section is one expert's slice of one parameter of the experts module (`gate_up
 `down_proj`, biases), exactly as the checkpoint stores it, so a page goes from file to slot
 verbatim and every transformers layout (gated or not, transposed, interleaved, biased) is only
 another list of sections. Sections start at multiples of 256 bytes (vector loads, TMA); slots at
-multiples of 4096. Experts with equal layouts share one pool of slots across all layers.
+multiples of 4096. Experts with equal layouts share one pool of slots across all layers. Within its
+slot a page may lie shifted, see `pager.ExpertPool`; a layout knows nothing of that.
 """
 
 from __future__ import annotations
@@ -84,21 +85,23 @@ class PageLayout:
         names = ", ".join(section.name for section in self.sections)
         raise KeyError(f"page has no section {name!r}; it has {names}")
 
-    def views(self, slab: Tensor) -> dict[str, Tensor]:
+    def views(self, slab: Tensor, stride: int | None = None) -> dict[str, Tensor]:
         """See a slab of slots as parameters.
 
         Args:
-            slab: uint8 [S * slot_stride], contiguous, its start aligned to 256 bytes.
+            slab: uint8 [S * stride], contiguous, its start aligned to 256 bytes.
+            stride: bytes from slot to slot, a multiple of 256; default: slot_stride.
 
         Returns:
-            `{name: Tensor[S, *shape]}`, views into the slab with stride slot_stride over S.
+            `{name: Tensor[S, *shape]}`, views into the slab with that stride over S.
         """
-        num_slots = slab.numel() // self.slot_stride
+        stride = stride or self.slot_stride
+        num_slots = slab.numel() // stride
         views = {}
         for section in self.sections:
             typed = slab[section.offset :]
-            # slots are 4096-aligned and sections 256-aligned, so the byte offset divides evenly
-            end = (num_slots - 1) * self.slot_stride + section.nbytes
+            # slots and sections are 256-aligned, so the byte offset divides evenly
+            end = (num_slots - 1) * stride + section.nbytes
             flat = typed[:end].view(section.dtype)
             strides, step = [], 1
             for size in reversed(section.shape):
@@ -106,7 +109,7 @@ class PageLayout:
                 step *= size
             views[section.name] = flat.as_strided(
                 (num_slots, *section.shape),
-                (self.slot_stride // section.dtype.itemsize, *reversed(strides)),
+                (stride // section.dtype.itemsize, *reversed(strides)),
             )
         return views
 
@@ -177,14 +180,14 @@ def find_slab(tensors: Mapping[str, Tensor]) -> tuple[Tensor, int, dict[str, int
     return slab, stride, offsets
 
 
-def allocate_slab(layout: PageLayout, num_slots: int) -> Tensor:
-    """A zeroed slab of slots, uint8 [S * slot_stride], starting on a 4096-byte boundary.
+def allocate_slab(num_slots: int, stride: int) -> Tensor:
+    """A zeroed slab of slots, uint8 [S * stride], starting on a 4096-byte boundary.
 
     Zeroed so that no kernel that multiplies a masked row by zero can meet NaN left in memory by
     someone else. In huge pages where the kernel gives them: matrix kernels that stream weights
     save TLB misses, and direct reads need fewer pieces.
     """
-    nbytes = num_slots * layout.slot_stride
+    nbytes = num_slots * stride
     raw = torch.empty(nbytes + SLOT_ALIGN, dtype=torch.uint8)
     _core.advise_huge_pages(raw.data_ptr(), raw.numel())  # before it is touched
     raw.zero_()

@@ -23,12 +23,12 @@ def test_sections_and_slots_are_aligned():
     assert layout.page_bytes == 532
     assert layout.payload_bytes == 140
     assert layout.slot_stride == 4096
-    assert allocate_slab(layout, 3).data_ptr() % 4096 == 0
+    assert allocate_slab(3, layout.slot_stride).data_ptr() % 4096 == 0
 
 
 def test_views_show_each_slots_bytes_as_parameters():
     layout = make_layout()
-    slab = allocate_slab(layout, 3)
+    slab = allocate_slab(3, layout.slot_stride)
     assert not slab.any()
     views = layout.views(slab)
     weights = {name: torch.randn(view.shape).to(view.dtype) for name, view in views.items()}

@@ -50,7 +50,8 @@ enum class WeightFormat : int32_t {
 // Element k of row n of the matrix in slot s is at base + s * slot_stride + n * row_stride +
 // k * k_stride (bytes). Either k_stride is an element, or the matrix is stored transposed: rows are
 // one element apart, or two where gate and up alternate (gate begins with the base, up one element
-// behind). A bias is a matrix of one-element rows. base == nullptr: there is none.
+// behind). A bias is a matrix of one-element rows. base == nullptr: there is none. Bases need the
+// alignment of an element (scales in fp32: four bytes) and no more.
 struct WeightView {
     const std::byte* base = nullptr;
     int64_t slot_stride = 0;
@@ -58,10 +59,14 @@ struct WeightView {
     int64_t k_stride = 0;               // of no meaning for a bias and for quantised matrices
     const std::byte* scales = nullptr;  // of a quantised matrix, of its row 0
     int64_t scales_stride = 0;          // from slot to slot
+    const uint32_t* shifts = nullptr;   // [S] bytes that slot s lies further on, or null: none does
 
-    const std::byte* slot(int64_t s) const { return base ? base + s * slot_stride : nullptr; }
+    int64_t shift(int64_t s) const { return shifts ? shifts[s] : 0; }
+    const std::byte* slot(int64_t s) const {
+        return base ? base + s * slot_stride + shift(s) : nullptr;
+    }
     const std::byte* slot_scales(int64_t s) const {
-        return scales ? scales + s * scales_stride : nullptr;
+        return scales ? scales + s * scales_stride + shift(s) : nullptr;
     }
 };
 

@@ -40,7 +40,7 @@ struct CopyResult {
 struct CopyJob {
     int32_t layer = 0;
     int32_t expert = 0;
-    std::byte* slot = nullptr;  // [page_bytes], written by worker threads until on_done
+    std::byte* slot = nullptr;  // where the page begins, written by worker threads until on_done
     Priority priority = Priority::kDemand;
     std::function<void(const CopyResult&)> on_done;
     // Runs once when the fence of a successful result has passed, after on_done, likewise.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <utility>
 
@@ -98,13 +99,34 @@ void FileSource::add_page(int32_t layer, int32_t expert, std::vector<FileSegment
     pages_[page_key(layer, expert)] = std::move(segments);
 }
 
-std::vector<Chunk> FileSource::chunks(int32_t layer, int32_t expert, size_t chunk_bytes) const {
+const std::vector<FileSegment>& FileSource::segments(int32_t layer, int32_t expert) const {
     const auto found = pages_.find(page_key(layer, expert));
     if (found == pages_.end())
         throw std::invalid_argument("FileSource: no page for layer " + std::to_string(layer) +
                                     " expert " + std::to_string(expert));
+    return found->second;
+}
+
+uint32_t FileSource::shift(int32_t layer, int32_t expert) const {
+    uint64_t align = 1;  // powers of two, so the largest serves all files
+    for (const FileSegment& segment : segments(layer, expert))
+        if (const File& file = files_[segment.file]; file.direct)
+            align = std::max(align, file.memory_align);
+    std::map<uint64_t, uint64_t> straight;  // bytes that each shift serves
+    for (const FileSegment& segment : segments(layer, expert)) {
+        const uint64_t wanted = (segment.offset - segment.page_offset) % align;
+        if (files_[segment.file].direct && wanted % kShiftUnit == 0)
+            straight[wanted] += segment.nbytes;
+    }
+    const auto best =
+        std::max_element(straight.begin(), straight.end(),
+                         [](const auto& a, const auto& b) { return a.second < b.second; });
+    return best == straight.end() ? 0 : static_cast<uint32_t>(best->first);
+}
+
+std::vector<Chunk> FileSource::chunks(int32_t layer, int32_t expert, size_t chunk_bytes) const {
     std::vector<Chunk> chunks;
-    for (const FileSegment& segment : found->second) {
+    for (const FileSegment& segment : segments(layer, expert)) {
         uint64_t done = 0;
         while (done < segment.nbytes) {
             const uint64_t at = segment.offset + done;
@@ -119,7 +141,12 @@ std::vector<Chunk> FileSource::chunks(int32_t layer, int32_t expert, size_t chun
             }
             // Cut at multiples of chunk_bytes in the file, so no block is read twice.
             const uint64_t take = std::min(left, chunk_bytes - at % chunk_bytes);
-            last->pieces.push_back({last->nbytes, take, segment.page_offset + done});
+            const uint64_t place = segment.page_offset + done;
+            Piece* piece = last->pieces.empty() ? nullptr : &last->pieces.back();
+            if (piece != nullptr && piece->page_offset + piece->nbytes == place)
+                piece->nbytes += take;  // neighbours in the file and in the page
+            else
+                last->pieces.push_back({last->nbytes, take, place});
             last->nbytes += take;
             done += take;
         }
@@ -129,7 +156,7 @@ std::vector<Chunk> FileSource::chunks(int32_t layer, int32_t expert, size_t chun
 
 uint64_t FileSource::read(int32_t, int32_t, const Chunk& chunk, std::byte* page,
                           Scratch& scratch) const {
-    const uint64_t bounce = bounce_bytes(chunk);
+    const uint64_t bounce = bounce_bytes(chunk, page);
     FileRead read = plan(chunk, page, bounce > 0 ? scratch.reserve(bounce) : nullptr);
     for (uint64_t got = 0; got < read.want;) {
         const ssize_t n =
@@ -143,9 +170,23 @@ uint64_t FileSource::read(int32_t, int32_t, const Chunk& chunk, std::byte* page,
     return finish(chunk, read);
 }
 
-uint64_t FileSource::bounce_bytes(const Chunk& chunk) const {
+FileSource::Blocks FileSource::straight(const Chunk& chunk, const Piece& piece,
+                                        const std::byte* page) const {
+    const uint64_t begin = chunk.offset % kBlock + piece.source_offset, end = begin + piece.nbytes;
+    const Blocks blocks{round_up(begin), round_down(end)};
+    const auto place = reinterpret_cast<uintptr_t>(page + piece.page_offset) - begin;
+    const bool fits = (place + blocks.begin) % files_[chunk.origin].memory_align == 0;
+    return blocks.begin < blocks.end && fits ? blocks : Blocks{};
+}
+
+uint64_t FileSource::bounce_bytes(const Chunk& chunk, const std::byte* page) const {
     if (!files_[chunk.origin].direct) return 0;
-    return round_up(chunk.offset + chunk.nbytes) - round_down(chunk.offset);
+    uint64_t nbytes = round_up(chunk.offset + chunk.nbytes) - round_down(chunk.offset);
+    for (const Piece& piece : chunk.pieces) {
+        const Blocks blocks = straight(chunk, piece, page);
+        nbytes -= blocks.end - blocks.begin;
+    }
+    return nbytes;
 }
 
 FileRead FileSource::plan(const Chunk& chunk, std::byte* page, std::byte* bounce) const {
@@ -161,27 +202,26 @@ FileRead FileSource::plan(const Chunk& chunk, std::byte* page, std::byte* bounce
         for (const Piece& piece : chunk.pieces) add(page + piece.page_offset, piece.nbytes);
         return read;
     }
-    // From here on, positions count from the first block, which is also where they bounce.
+    // From here on, positions count from the first block. Those from `done` on bounce one behind
+    // the other, at `bounce`, until the next blocks that go straight.
     const uint64_t skew = chunk.offset - read.offset;
-    uint64_t done = 0;  // blocks before it have a place
+    uint64_t done = 0;
     for (const Piece& piece : chunk.pieces) {
         const uint64_t begin = skew + piece.source_offset, end = begin + piece.nbytes;
-        const uint64_t from = round_up(begin), to = round_down(end);
+        const auto [from, to] = straight(chunk, piece, page);
         std::byte* const place = page + piece.page_offset;
-        const bool straight =
-            from < to &&
-            reinterpret_cast<uintptr_t>(place + (from - begin)) % file.memory_align == 0;
-        if (straight) {
-            add(bounce + done, from - done);
-            add(place + (from - begin), to - from);
-            done = to;
-            if (from > begin) read.copies.push_back({place, bounce + begin, from - begin});
-            if (end > to) read.copies.push_back({place + (to - begin), bounce + to, end - to});
-        } else {
-            read.copies.push_back({place, bounce + begin, piece.nbytes});
+        if (from == to) {
+            read.copies.push_back({place, bounce + (begin - done), piece.nbytes});
+            continue;
         }
+        if (from > begin) read.copies.push_back({place, bounce + (begin - done), from - begin});
+        add(bounce, from - done);
+        add(place + (from - begin), to - from);
+        bounce += from - done;
+        done = to;
+        if (end > to) read.copies.push_back({place + (to - begin), bounce, end - to});
     }
-    add(bounce + done, round_up(read.want) - done);
+    add(bounce, round_up(read.want) - done);
     return read;
 }
 

@@ -3,11 +3,13 @@
 // Why not mmap: read-ahead on a mapped file moved 3.5 times the bytes wanted, and the page cache
 // would keep a second copy outside the budget. O_DIRECT needs aligned offsets and safetensors has
 // none, so a chunk is read as the enclosing 4096-byte blocks. A block goes straight into the slot
-// when it lies within one piece and the device can write to where it belongs; NVMe can (it needs
-// memory aligned to 4 bytes), most virtual disks need 512. All other blocks go through a bounce
-// buffer. Either way it is one vectored read per chunk. Ranges of a page that touch in the file
-// are read as one; splits fall on block boundaries, so a page costs at most one extra block at
-// either end of each run.
+// when it lies within one piece and the device can write to where it belongs. NVMe can (it needs
+// memory aligned to 4 bytes); most virtual disks need 512, which is what `shift` is for: a page
+// that begins as many bytes behind a boundary in memory as it does in its file is aligned in one
+// where it is aligned in the other. All other blocks, at least the first and the last of each run,
+// go through a bounce buffer. Either way it is one vectored read per chunk. Ranges of a page that
+// touch in the file are read as one; splits fall on block boundaries, so a page costs at most one
+// extra block at either end of each run.
 //
 // A file is identified when it is opened (size, modification time); both are compared after each
 // read, so a file that changes under us is an error, never silent wrong weights.
@@ -62,12 +64,16 @@ class FileSource final : public PageSource {
     void add_page(int32_t layer, int32_t expert, std::vector<FileSegment> segments);
 
     std::vector<Chunk> chunks(int32_t layer, int32_t expert, size_t chunk_bytes) const override;
+    // The shift with which most bytes of the page arrive straight. Sections whose sizes are
+    // multiples of the alignment, as those of large models are, all want the same one.
+    uint32_t shift(int32_t layer, int32_t expert) const override;
     uint64_t read(int32_t layer, int32_t expert, const Chunk& chunk, std::byte* page,
                   Scratch& scratch) const override;
 
     // `read` in steps, for engines that do the reading themselves. Bytes a bounce buffer for this
-    // chunk must have (aligned to Scratch::kAlign); 0 when none is needed.
-    uint64_t bounce_bytes(const Chunk& chunk) const;
+    // chunk must have (aligned to Scratch::kAlign); 0 when none is needed. At most chunk_bytes, and
+    // two blocks a piece where the page lies as `shift` says.
+    uint64_t bounce_bytes(const Chunk& chunk, const std::byte* page) const;
     FileRead plan(const Chunk& chunk, std::byte* page, std::byte* bounce) const;
     // When all bytes wanted have arrived: the rest of the way into the page, and the check that
     // the file is unchanged. Returns the bytes read from storage.
@@ -90,6 +96,13 @@ class FileSource final : public PageSource {
         int64_t mtime_ns = 0;
     };
 
+    // The blocks of a piece that go straight into the page, counted from the chunk's first block in
+    // bytes; empty where none may.
+    struct Blocks {
+        uint64_t begin = 0, end = 0;
+    };
+    Blocks straight(const Chunk& chunk, const Piece& piece, const std::byte* page) const;
+    const std::vector<FileSegment>& segments(int32_t layer, int32_t expert) const;
     void check_unchanged(const File& file) const;
 
     std::vector<File> files_;

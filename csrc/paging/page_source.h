@@ -55,6 +55,12 @@ class PageSource {
     // Throws std::invalid_argument for a page that was never added.
     virtual std::vector<Chunk> chunks(int32_t layer, int32_t expert, size_t chunk_bytes) const = 0;
 
+    // How many bytes behind the start of its slot a page had best begin, so that reads can go
+    // straight into it; a multiple of kShiftUnit below Scratch::kAlign, always the same for a page.
+    // A pager may use it or not: `read` puts a page wherever it is told.
+    static constexpr uint32_t kShiftUnit = 8;
+    virtual uint32_t shift(int32_t, int32_t) const { return 0; }
+
     // Whether a chunk's `offset` is an address that stays valid and readable for ever.
     virtual bool in_memory() const { return false; }
     // Then: the ranges of memory the pages lie in, in any order.

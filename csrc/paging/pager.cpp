@@ -39,6 +39,7 @@ Pager::Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
              options_.num_slots, std::move(policy)),
       loads_(options_.num_experts.size() * static_cast<size_t>(experts_per_layer_)),
       uses_(options_.num_slots),
+      slot_shifts_(options_.num_slots, 0),
       counters_(options_.num_experts.size()),
       visits_(options_.num_experts.size(), 0),
       seen_(loads_.size(), 0),
@@ -51,6 +52,10 @@ Pager::Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
     if (options_.num_slots < kMinSlots || options_.slots == nullptr)
         throw std::invalid_argument("Pager: expected at least " + std::to_string(kMinSlots) +
                                     " slots, got " + std::to_string(options_.num_slots));
+    if (!options_.shifts.empty() && options_.shifts.size() != loads_.size())
+        throw std::invalid_argument("Pager: expected a shift for each of " +
+                                    std::to_string(loads_.size()) + " pages, got " +
+                                    std::to_string(options_.shifts.size()));
     if (admit_limit_ == 0) admit_limit_ = default_admit_limit(options_.num_slots, num_layers);
 }
 
@@ -286,9 +291,11 @@ void Pager::start(const std::shared_ptr<Load>& load) {
     auto job = std::make_shared<CopyJob>();
     job->layer = layer_of(load->page);
     job->expert = expert_of(load->page);
-    job->slot = options_.slots + static_cast<size_t>(load->slot) * options_.slot_stride;
+    const auto slot = static_cast<size_t>(load->slot);
+    if (!options_.shifts.empty()) slot_shifts_[slot] = options_.shifts[load->page];
+    job->slot = options_.slots + slot * options_.slot_stride + slot_shifts_[slot];
     job->priority = load->cause == Load::Cause::kDemand ? Priority::kDemand : Priority::kPrefetch;
-    const SlotUse& use = uses_[static_cast<size_t>(load->slot)];
+    const SlotUse& use = uses_[slot];
     if (use.written) job->after.push_back(use.written);
     for (const auto& [stream, fence] : use.read) job->after.push_back(fence);
     job->on_done = [this, weak = std::weak_ptr(load), page = load->page, slot = load->slot,

@@ -52,6 +52,9 @@ struct PagerOptions {
     std::byte* slots = nullptr;            // [num_slots * slot_stride], outlives the pager
     size_t num_slots = 0;                  // >= kMinSlots
     size_t slot_stride = 0;
+    // [num_layers * most experts of a layer], or {}: where in its slot each page begins, bytes from
+    // the slot's start. See PageSource::shift.
+    std::vector<uint32_t> shifts;
     size_t admit_limit = 0;  // misses of one ticket that may stay; 0: default_admit_limit
     int64_t wait_timeout_ns = 120'000'000'000;
 };
@@ -126,6 +129,12 @@ class Pager : public std::enable_shared_from_this<Pager> {
     std::vector<std::tuple<int32_t, int32_t, SlotIndex>> residents() const;
     size_t num_live_tickets() const;
     size_t admit_limit() const { return admit_limit_; }
+    // [num_slots]: where the page in each slot begins, bytes from the slot's start; null when all
+    // begin there. An entry belongs to the page a slot holds or waits for: it may be read for pages
+    // that a ticket was given, until they are released.
+    const uint32_t* slot_shifts() const {
+        return options_.shifts.empty() ? nullptr : slot_shifts_.data();
+    }
     bool uses_weights() const { return uses_weights_; }
     std::string engine_name() const { return engine_->name(); }
     bool uses_predictions() const { return uses_predictions_; }
@@ -196,7 +205,8 @@ class Pager : public std::enable_shared_from_this<Pager> {
         FencePtr written;
         std::vector<std::pair<StreamHandle, FencePtr>> read;
     };
-    std::vector<SlotUse> uses_;  // [num_slots]
+    std::vector<SlotUse> uses_;          // [num_slots]
+    std::vector<uint32_t> slot_shifts_;  // [num_slots]
     std::deque<std::weak_ptr<Load>> prefetching_;
     // Misses that found no slot because other tickets pin them all, first come first served.
     std::deque<std::pair<Ticket*, int32_t>> starved_;

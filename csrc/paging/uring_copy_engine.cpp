@@ -15,10 +15,14 @@ namespace {
 constexpr uint64_t kWakeUp = ~uint64_t{0};  // user data: not a flight but the event descriptor
 constexpr uint64_t kDelay = kWakeUp - 1;    // a chaos delay ran out; its read follows
 
-// Bounce buffers beyond the reads in flight: the next reads start before what has arrived is copied
-// to its slot. On the virtual disk this was measured on, reads in flight end together, so without
-// spare buffers it has nothing to do during the copies. Four were no better than two.
-constexpr size_t kSpareBuffers = 2;
+// Places beyond the reads in flight: the next reads start before what has arrived in bounce buffers
+// is copied to its slot. On the virtual disk this was measured on, reads in flight end together, so
+// without spare places it has nothing to do during the copies. Four were no better than two.
+constexpr size_t kSparePlaces = 2;
+
+// What the ends of a shifted page's runs need, in one huge page for all flights: their whole bounce
+// buffers, 6 MiB for reads of 1 MiB, are only made when pages need them.
+constexpr size_t kEndBytes = 64 << 10;
 
 [[noreturn]] void fail(int error, const char* what) {
     throw std::system_error(error, std::generic_category(), what);
@@ -38,8 +42,8 @@ bool has_operations(io_uring* ring) {
 }  // namespace
 
 struct UringCopyEngine::Ring {
-    // A read, from its start until its bytes are in the slot, with its own part of the bounce
-    // memory.
+    // A read, from its start until its bytes are in the slot, with its own part of the memory for
+    // ends and of the bounce memory.
     struct Flight {
         CopyQueue::Step step;
         FileRead read;
@@ -53,8 +57,8 @@ struct UringCopyEngine::Ring {
           // A chunk ends on a multiple of chunk_bytes, so the blocks around it are no more than it.
           bounce_bytes(chunk_bytes),
           depth(static_cast<size_t>(queue_depth)),
-          flights(depth + kSpareBuffers),
-          bounce(flights.size() * chunk_bytes) {
+          flights(depth + kSparePlaces),
+          ends(flights.size() * kEndBytes) {
         for (size_t i = flights.size(); i > 0; --i) idle.push_back(i - 1);
         // For each read a delay before it, and the wake-up.
         const int error = io_uring_queue_init(2 * unsigned(queue_depth) + 1, &ring, 0);
@@ -74,6 +78,13 @@ struct UringCopyEngine::Ring {
     }
     Ring(const Ring&) = delete;
     Ring& operator=(const Ring&) = delete;
+
+    // Where a flight's read may bounce so many bytes.
+    std::byte* bounce_for(size_t number, uint64_t nbytes) {
+        if (nbytes <= kEndBytes) return ends.data() + number * kEndBytes;
+        if (bounce.size() == 0) bounce = HugeRegion(flights.size() * bounce_bytes);
+        return bounce.data() + number * bounce_bytes;
+    }
 
     void listen() {
         io_uring_sqe* entry = io_uring_get_sqe(&ring);
@@ -104,7 +115,8 @@ struct UringCopyEngine::Ring {
     const size_t bounce_bytes;
     const size_t depth;
     std::vector<Flight> flights;
-    const HugeRegion bounce;
+    const HugeRegion ends;
+    HugeRegion bounce;  // empty until some read needs more than kEndBytes
     std::vector<size_t> idle;
     size_t in_flight = 0;        // reads that the kernel has
     std::deque<size_t> arrived;  // reads that ended; their bytes are still to be copied
@@ -189,8 +201,16 @@ void UringCopyEngine::work() {
             }
             const size_t number = ring.idle.back();
             ring.idle.pop_back();
-            std::byte* bounce = ring.bounce.data() + number * ring.bounce_bytes;
-            FileRead read = ring.source->plan(*step->chunk, step->job->slot, bounce);
+            std::byte* const page = step->job->slot;
+            FileRead read;
+            try {
+                const uint64_t nbytes = ring.source->bounce_bytes(*step->chunk, page);
+                read = ring.source->plan(*step->chunk, page, ring.bounce_for(number, nbytes));
+            } catch (...) {  // no memory
+                ring.idle.push_back(number);
+                finish(*step, std::current_exception(), 0);
+                continue;
+            }
             ring.flights[number] = {std::move(*step), std::move(read), 0, 0, {}};
             ring.start(number);
             ++ring.in_flight;

@@ -27,6 +27,11 @@ class FakeSource final : public PageSource {
         return true;
     }
 
+    // Where pages begin when a pager was told to shift them; several for each residue.
+    uint32_t shift(int32_t layer, int32_t expert) const override {
+        return kShiftUnit * static_cast<uint32_t>((layer * 5 + expert * 3) % 8);
+    }
+
     // While closed, copies wait before they move a byte.
     void set_gate(bool open) {
         const std::lock_guard lock(mutex_);

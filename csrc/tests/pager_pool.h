@@ -17,7 +17,7 @@
 namespace moe_offload {
 
 inline constexpr uint64_t kBytes = 64;
-inline constexpr size_t kStride = 128;
+inline constexpr size_t kStride = 128;  // room for shifts of up to 64
 
 // A pager over fake pages, its slots, and checks of what is in them.
 struct Pool {
@@ -27,7 +27,8 @@ struct Pool {
 
     explicit Pool(size_t num_slots, int layers = 2, int experts = 8, int threads = 2,
                   size_t admit_limit = 0, const std::string& policy = "lru",
-                  std::vector<PageIndex> kept = {}, int64_t timeout_ms = 20'000)
+                  std::vector<PageIndex> kept = {}, int64_t timeout_ms = 20'000,
+                  bool shifted = false)
         : slots(num_slots * kStride, std::byte{0}) {
         PagerOptions options;
         options.num_experts.assign(size_t(layers), experts);
@@ -35,6 +36,10 @@ struct Pool {
         options.slots = slots.data();
         options.num_slots = num_slots;
         options.slot_stride = kStride;
+        if (shifted)
+            for (int32_t layer = 0; layer < layers; ++layer)
+                for (int32_t expert = 0; expert < experts; ++expert)
+                    options.shifts.push_back(source->shift(layer, expert));
         options.admit_limit = admit_limit;
         options.wait_timeout_ns = timeout_ms * 1'000'000;
         const PolicySetting setting{.num_experts = options.num_experts,
@@ -46,7 +51,11 @@ struct Pool {
     }
 
     bool holds(SlotIndex slot, int32_t layer, int32_t expert) const {
-        return FakeSource::holds(slots.data() + size_t(slot) * kStride, kBytes, layer, expert);
+        const uint32_t* shifts = pager->slot_shifts();
+        CHECK(!shifts || shifts[slot] == source->shift(layer, expert));
+        return FakeSource::holds(
+            slots.data() + size_t(slot) * kStride + (shifts ? shifts[slot] : 0), kBytes, layer,
+            expert);
     }
 
     // One layer's forward: every page must arrive once and stay intact until it is released.

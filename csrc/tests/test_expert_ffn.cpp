@@ -150,9 +150,43 @@ struct Problem {
         }
         return out;
     }
+    // The same weights in slots of pages that begin anywhere: NaN but for the pages themselves.
+    struct Slots {
+        std::vector<std::byte> bytes;
+        std::vector<uint32_t> shifts;
+        FfnWeights weights;
+    };
+    Slots slots(std::vector<uint32_t> shifts, bool transposed) const {
+        const auto item = static_cast<int64_t>(item_size(shape.dtype));
+        const int64_t h = shape.hidden, f = shape.inner, half = f * h * item, page = 3 * half;
+        const int64_t stride = (page + 512 + 63) / 64 * 64;
+        Slots s{std::vector<std::byte>(static_cast<size_t>(shape.num_experts * stride + 64),
+                                       std::byte{0xff}),
+                std::move(shifts), transposed ? transposed_views() : views()};
+        std::byte* base = s.bytes.data() + -reinterpret_cast<uintptr_t>(s.bytes.data()) % 64;
+        const auto& first = transposed ? gate_up_t : gate_up;
+        const auto& second = transposed ? down_t : down;
+        for (int64_t e = 0; e < shape.num_experts; ++e) {
+            std::byte* to = base + e * stride + s.shifts[static_cast<size_t>(e)];
+            std::memcpy(to, first.data() + e * 2 * half, static_cast<size_t>(2 * half));
+            std::memcpy(to + 2 * half, second.data() + e * half, static_cast<size_t>(half));
+        }
+        FfnWeights& w = s.weights;
+        w.up.base = base + (w.up.base - w.gate.base);
+        w.gate.base = base;
+        w.down.base = base + 2 * half;
+        for (WeightView* view : {&w.gate, &w.up, &w.down}) {
+            view->slot_stride = stride;
+            view->shifts = s.shifts.data();
+        }
+        return s;
+    }
     std::vector<std::byte> run(const Kernels& kernels, int threads, uint32_t portions,
                                bool transposed = false) const {
-        const FfnWeights stored = transposed ? transposed_views() : views();
+        return run(kernels, threads, portions, transposed ? transposed_views() : views());
+    }
+    std::vector<std::byte> run(const Kernels& kernels, int threads, uint32_t portions,
+                               const FfnWeights& stored) const {
         FfnRun run(shape, inputs(), kernels, threads);
         std::vector<std::pair<int32_t, int32_t>> ready;
         for (size_t i = 0; i < run.experts().size(); ++i)
@@ -227,6 +261,30 @@ void bits_do_not_depend_on_portions_or_threads() {
             for (const bool transposed : {false, true})
                 CHECK(problem.run(kernels, static_cast<int>(seed), seed, transposed) == want);
     }
+}
+
+// A page may begin at any element: no kernel may choose instructions by the alignment of weights.
+void bits_do_not_depend_on_where_weights_lie() {
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kBF16, Dtype::kF16})
+        for (int32_t isa = 0; isa < 6; ++isa) {
+            const Kernels* kernels = kernels_for(static_cast<Isa>(isa), dtype);
+            if (!kernels) continue;
+            const auto item = static_cast<uint32_t>(item_size(dtype));
+            // One row an expert, a few, and many; sizes with and without odd ends.
+            for (const auto& [t, a, e, h, f] : std::vector<std::array<int64_t, 5>>{
+                     {2, 2, 6, 96, 64}, {5, 2, 3, 37, 19}, {70, 2, 3, 64, 48}, {60, 2, 2, 33, 50}})
+                for (const bool transposed : {false, true}) {
+                    const Problem problem(dtype, t, a, e, h, f);
+                    const std::vector<std::byte> want = problem.run(*kernels, 1, 0, transposed);
+                    for (uint32_t shift = 0; shift < 512; shift += shift < 64 ? item : 56) {
+                        std::vector<uint32_t> shifts;
+                        for (uint32_t s = 0; s < e; ++s)
+                            shifts.push_back((shift + s * 72) % 512 / item * item);
+                        const auto slots = problem.slots(shifts, transposed);
+                        CHECK(problem.run(*kernels, 2, shift, slots.weights) == want);
+                    }
+                }
+        }
 }
 
 // Kernels one of whose phases now and then takes a thousand times as long, so that other threads
@@ -363,6 +421,7 @@ int main() {
     RUN(every_instruction_set_is_right);
     RUN(every_instruction_set_counts_its_multiplications);
     RUN(bits_do_not_depend_on_portions_or_threads);
+    RUN(bits_do_not_depend_on_where_weights_lie);
     RUN(every_phase_waits_for_the_one_before);
     RUN(callers_at_the_same_time_get_their_own_results);
     RUN(every_task_runs_once);

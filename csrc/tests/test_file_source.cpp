@@ -88,7 +88,7 @@ void aligned_blocks_skip_the_bounce_buffer() {
         uint64_t copied = 0, disk_bytes = 0;
         for (const Chunk& chunk : source.chunks(0, 0, 1 << 20)) {
             FileRead read = source.plan(chunk, page.data(), bounce.data());
-            CHECK(source.bounce_bytes(chunk) <= bounce.size());
+            CHECK(source.bounce_bytes(chunk, page.data()) <= bounce.size());
             for (const FileRead::Copy& copy : read.copies) copied += copy.nbytes;
             // In portions, as short reads would do it.
             while (read.first_part < read.parts.size()) {
@@ -115,6 +115,65 @@ void aligned_blocks_skip_the_bounce_buffer() {
             CHECK(copied == 3096u + 2328u + 70'000u || copied < 3096u + 2328u + 8192u);
             CHECK_EQ(disk_bytes, 102'400u);  // [0, 102 400), the enclosing blocks
         }
+    }
+}
+
+// A page put where `shift` says needs the bounce buffer for the ends of its runs only, wherever in
+// the file its sections begin; of sections that disagree, those with most bytes win.
+void shifted_pages_bounce_at_their_ends_only() {
+    const TemporaryDirectory directory;
+    const auto a = random_bytes(400'000, 10), b = random_bytes(100'003, 11);
+    write_file(directory.path / "a", a);
+    write_file(directory.path / "b", b);
+    std::mt19937 random(12);
+    constexpr uint64_t kEnds = 2 * Scratch::kAlign;  // of each run of neighbours
+    for (int round = 0; round < 200; ++round) {
+        const bool direct = round % 4 != 3;
+        FileSource source({directory.path / "a", directory.path / "b"}, direct);
+        // Three sections of 64 KiB back to back, down before gate and up as names sort them.
+        const uint64_t n = 65'536, begin = 8 * (random() % 20'000);
+        std::vector<FileSegment> segments{
+            {0, begin + n, n, 0}, {0, begin + 2 * n, n, n}, {0, begin, n, 2 * n}};
+        uint64_t odd = 0, runs = 2;
+        if (round % 3 == 1) {  // one section in another file, by the end of it, at another place
+            segments[2] = {1, b.size() - n, n, 2 * n};
+            odd = n;
+        } else if (round % 3 == 2) {  // no place in memory suits one behind an odd byte
+            segments[0].offset += 1, segments[1].offset += 1;
+            odd = 2 * n;
+            runs = 3;
+        }
+        source.add_page(0, 0, segments);
+        const uint32_t shift = source.shift(0, 0);
+        CHECK_EQ(shift % PageSource::kShiftUnit, 0u);
+        CHECK(shift < Scratch::kAlign);
+        if (source.io_mode() == "buffered") CHECK_EQ(shift, 0u);
+        HugeRegion memory(1 << 20), bounce(1 << 20);
+        std::memset(memory.data(), 'x', memory.size());
+        std::byte* page = memory.data() + 8192 + shift;
+        uint64_t copied = 0;
+        Scratch scratch;
+        size_t pieces = 0;
+        for (const Chunk& chunk : source.chunks(0, 0, 1 << 17)) {
+            pieces += chunk.pieces.size();
+            const FileRead read = source.plan(chunk, page, bounce.data());
+            for (const auto& copy : read.copies) copied += copy.nbytes;
+            uint64_t bounced = 0;
+            for (const iovec& part : read.parts)
+                if (const auto* at = static_cast<std::byte*>(part.iov_base);
+                    at >= bounce.data() && at < bounce.data() + bounce.size())
+                    bounced += part.iov_len;
+            CHECK_EQ(bounced, source.bounce_bytes(chunk, page));
+            source.read(0, 0, chunk, page, scratch);
+        }
+        CHECK(copied <= odd + runs * kEnds);
+        if (round % 3 == 0) CHECK(pieces <= 2 + 3);  // gate and up are one piece in each chunk
+        for (const FileSegment& s : segments)
+            CHECK(std::equal((s.file == 0 ? a : b).begin() + std::ptrdiff_t(s.offset),
+                             (s.file == 0 ? a : b).begin() + std::ptrdiff_t(s.offset + s.nbytes),
+                             reinterpret_cast<const char*>(page) + s.page_offset));
+        for (uint64_t i = 0; i < 8192 + shift; ++i) CHECK(memory.data()[i] == std::byte{'x'});
+        for (uint64_t i = 3 * n; i < 4 * n; ++i) CHECK(page[i] == std::byte{'x'});
     }
 }
 
@@ -202,6 +261,7 @@ int main() {
     RUN(any_ranges_arrive_where_they_belong);
     RUN(touching_ranges_are_read_once);
     RUN(aligned_blocks_skip_the_bounce_buffer);
+    RUN(shifted_pages_bounce_at_their_ends_only);
     RUN(many_small_pieces_fit_one_read);
     RUN(missing_truncated_changed_and_deleted_files);
     RUN(streaming_copies_every_byte_and_no_other);

@@ -78,8 +78,8 @@ void decisions_do_not_depend_on_timing() {
 // large enough to be met: at 0.05 one in some hundred runs met no failure, so a run has about a
 // hundred copies, and at 0.2 the chance is that to the power of four (0.8 = 0.95^4.35).
 void random_requests_under_hostile_timing(int threads, size_t slots, const std::string& policy,
-                                          double fail, int steps) {
-    Pool pool(slots, 3, 8, 3, 0, policy, {0, 8});
+                                          double fail, int steps, bool shifted) {
+    Pool pool(slots, 3, 8, 3, 0, policy, {0, 8}, 20'000, shifted);
     pool.pager->set_chaos({slots, 30, true, fail}, 0.05);
     std::atomic<int> failures = 0;
     std::vector<std::thread> workers;
@@ -132,12 +132,13 @@ void random_requests_under_hostile_timing(int threads, size_t slots, const std::
 void random_requests() {
     for (const std::string& policy : policy_names(true))
         for (const size_t slots : {4u, 6u, 13u, 24u}) {
-            random_requests_under_hostile_timing(1, slots, policy, 0.0, 100);
-            random_requests_under_hostile_timing(1, slots, policy, 0.2, 100);
-            random_requests_under_hostile_timing(3, slots, policy, 0.0, 80);
-            random_requests_under_hostile_timing(3, slots, policy, 0.2, 80);
+            random_requests_under_hostile_timing(1, slots, policy, 0.0, 100, true);
+            random_requests_under_hostile_timing(1, slots, policy, 0.2, 100, false);
+            random_requests_under_hostile_timing(3, slots, policy, 0.0, 80, false);
+            random_requests_under_hostile_timing(3, slots, policy, 0.2, 80, true);
         }
-    random_requests_under_hostile_timing(4, 2, "lru", 0.02, 300);
+    for (const bool shifted : {false, true})
+        random_requests_under_hostile_timing(4, 2, "lru", 0.02, 300, shifted);
 }
 
 }  // namespace

@@ -56,6 +56,8 @@ class ExpertBackend(Protocol):
 
     It computes on the CPU, unless it has `devices`: the types of device whose slots it can read,
     such as ("cpu", "cuda"). `auto_devices` are those on which "auto" may take it, all by default.
+    One that asks a pool where in its slot each page begins says so by `reads_shifted = True`; for
+    all others pages begin where their slots do.
     """
 
     name: str

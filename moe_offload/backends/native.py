@@ -31,6 +31,7 @@ class Native:
     """See the head of this file."""
 
     name = "native"
+    reads_shifted = True
 
     def missing(self) -> str | None:
         return None  # _core is always built, and its plain path runs everywhere
@@ -119,13 +120,15 @@ class BoundLayer:
     def slots(self, pool: ExpertPool) -> _core.FfnWeights:
         """The pool's slots as the kernels address them; worked out again after a resize."""
         if self._slots is None or self._slab is not pool.slab:
-            self._slots, self._slab = self.weights(pool.views), pool.slab
+            self._slots = self.weights(pool.slot_starts, pool.pager.slot_shifts)
+            self._slab = pool.slab
         return self._slots
 
-    def weights(self, tensors: Mapping[str, Tensor]) -> _core.FfnWeights:
+    def weights(self, tensors: Mapping[str, Tensor], shifts: int = 0) -> _core.FfnWeights:
         """Parameters [E or S, ...] by name as the kernels address them; matrices contiguous.
 
-        Quantised matrices come with their scales under the name + "_scales".
+        Quantised matrices come with their scales under the name + "_scales". `shifts`: address of
+        how many bytes further on each slot's page lies, see `ExpertPool`.
         """
         first = "gate_up_proj" if self.activation.gated else "up_proj"
         gate, up = self._halves(self._rows(tensors[first]))
@@ -138,6 +141,7 @@ class BoundLayer:
             up_bias=_view(up_bias) if up_bias is not None else None,
             down_bias=_view(down_bias) if down_bias is not None else None,
             gate_bias=_view(gate_bias) if gate_bias is not None else None,
+            shifts=shifts,
             **self._scales(tensors, first),
         )
 
