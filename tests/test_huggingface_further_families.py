@@ -59,6 +59,17 @@ def test_live_and_loaded_models_equal_resident(name: str, tmp_path: Path) -> Non
     check_paged(loaded, logits(resident(tmp_path, type(model))))
 
 
+@pytest.mark.parametrize("name", FURTHER)
+def test_our_kernels_compute_what_transformers_computes(name: str) -> None:
+    """In float32, where two correct ways differ by rounding: 1e-6 of the largest logit seen."""
+    model = further_model(name).float()
+    ours = logits(model)
+    model.set_experts_implementation("eager")
+    theirs = logits(model)
+    assert not torch.equal(ours, theirs), "both were computed by the same code"
+    assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
 def resident(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:
     """As transformers loads it: some families keep a few dense weights in float32."""
     model = model_class.from_pretrained(folder)
