@@ -47,6 +47,7 @@ from moe_offload.replay import (
     PREDICT,
     PREFETCH,
     REQUEST,
+    ROUTES,
     EventList,
     ReplayResult,
     replay_events,
@@ -126,6 +127,7 @@ def with_recall(events: Events, num_experts: list[int]) -> Events:
     told = EventList()
     memory = _core.PathPredictor(num_experts)
     num_layers, began = len(num_experts), False
+    routes: list[int] = []
 
     def announce(layer: int) -> None:
         chances = np.array(memory.predict(layer), np.float32)
@@ -140,12 +142,14 @@ def with_recall(events: Events, num_experts: list[int]) -> Events:
         layer = int(events.layers[index])
         experts = events.experts[events.expert_offsets[index] : events.expert_offsets[index + 1]]
         values = events.values[events.value_offsets[index] : events.value_offsets[index + 1]]
+        if kind == ROUTES:
+            routes = experts.tolist()
         if kind == REQUEST and layer == 0 and began:
             announce(0)  # the token is known
         told.add(int(kind), layer, experts, values, int(events.counts[index]))
         if kind == REQUEST:
-            memory.observe(layer, experts.tolist())
-            began = True
+            memory.observe(layer, experts.tolist(), int(events.counts[index]), routes)
+            routes, began = [], True
             if layer + 1 < num_layers:
                 announce(layer + 1)
     return told.events()

@@ -242,6 +242,7 @@ PYBIND11_MODULE(_core, m) {
 
     bind_expert_ffn(m);
     m.attr("MIN_SLOTS") = kMinSlots;
+    m.attr("MAX_ROUTED_TOKENS") = kMaxRoutedTokens;
     m.attr("MIN_HOST_FRAMES") = HostTier::kMinFrames;
     m.def("host_frame_bytes", &CudaCopyEngine::frame_stride, "page_bytes"_a,
           "bytes a page occupies in the host tier");
@@ -357,10 +358,11 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init<std::vector<int32_t>>(), "num_experts"_a)
         .def(
             "observe",
-            [](PathPredictor& self, int32_t layer, const std::vector<int32_t>& experts) {
-                self.observe(layer, experts);
+            [](PathPredictor& self, int32_t layer, const std::vector<int32_t>& experts,
+               int32_t num_tokens, const std::vector<int32_t>& routes) {
+                self.observe(layer, experts, num_tokens, routes);
             },
-            "layer"_a, "experts"_a)
+            "layer"_a, "experts"_a, "num_tokens"_a = 1, "routes"_a = std::vector<int32_t>{})
         .def("predict", &PathPredictor::predict, "layer"_a);
 
     py::class_<Pager, std::shared_ptr<Pager>>(m, "Pager")
@@ -375,11 +377,11 @@ PYBIND11_MODULE(_core, m) {
             "acquire",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& experts,
                const std::vector<float>& weights, int32_t num_tokens,
-               std::optional<StreamHandle> stream) {
-                return self.acquire(layer, experts, weights, num_tokens, stream);
+               std::optional<StreamHandle> stream, const std::vector<int32_t>& routes) {
+                return self.acquire(layer, experts, weights, num_tokens, stream, routes);
             },
             "layer"_a, "experts"_a, "weights"_a = std::vector<float>{}, "num_tokens"_a = 0,
-            "stream"_a = std::nullopt, ReleaseGil())
+            "stream"_a = std::nullopt, "routes"_a = std::vector<int32_t>{}, ReleaseGil())
         .def(
             "prefetch",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& experts) {
@@ -435,6 +437,7 @@ PYBIND11_MODULE(_core, m) {
             },
             "slot"_a)
         .def_property_readonly("uses_weights", &Pager::uses_weights)
+        .def_property_readonly("uses_routes", &Pager::uses_routes)
         .def_property_readonly("io_engine", &Pager::engine_name)
         .def_property_readonly("uses_predictions", &Pager::uses_predictions)
         .def(

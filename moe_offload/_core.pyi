@@ -5,6 +5,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 MIN_SLOTS: int
+MAX_ROUTED_TOKENS: int
 MIN_HOST_FRAMES: int
 
 def host_frame_bytes(page_bytes: int) -> int: ...
@@ -110,7 +111,13 @@ class Ranking:
 
 class PathPredictor:
     def __init__(self, num_experts: Sequence[int]) -> None: ...
-    def observe(self, layer: int, experts: Sequence[int]) -> None: ...
+    def observe(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        num_tokens: int = 1,
+        routes: Sequence[int] = (),
+    ) -> None: ...
     def predict(self, layer: int) -> list[float]: ...
 
 class Pager:
@@ -145,6 +152,7 @@ class Pager:
         weights: Sequence[float] = (),
         num_tokens: int = 0,
         stream: int | None = None,
+        routes: Sequence[int] = (),
     ) -> Ticket: ...
     def prefetch(self, layer: int, experts: Sequence[int]) -> int: ...
     def expect(self, layer: int, experts: Sequence[int]) -> list[int]: ...
@@ -177,6 +185,8 @@ class Pager:
     def slot_shift(self, slot: int) -> int: ...
     @property
     def uses_weights(self) -> bool: ...
+    @property
+    def uses_routes(self) -> bool: ...
     @property
     def io_engine(self) -> str: ...
     @property

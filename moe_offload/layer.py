@@ -22,7 +22,7 @@ from moe_offload.config import OffloadConfig
 from moe_offload.errors import StateError
 from moe_offload.expert_layer import ExpertLayer
 from moe_offload.offloader import Offloader
-from moe_offload.pager import PagedLayer
+from moe_offload.pager import MAX_ROUTED_TOKENS, PagedLayer
 from moe_offload.sources import TensorPages
 
 
@@ -114,10 +114,13 @@ def run_paged(
         weights: list[float] = []
         if pager.uses_weights:
             weights = _router_weights(run.experts, handle.num_experts, top_k_index, top_k_weights)
+        routes: list[int] = []
+        if pager.uses_routes and 1 < len(hidden) <= MAX_ROUTED_TOKENS:
+            routes = top_k_index.reshape(-1).tolist()
         # With a stream, next() delivers pages whose copies that stream was made to wait for, and
         # release() is about what was enqueued: the host does not wait for copies or kernels.
         with pager.acquire(
-            handle.layer, run.experts, weights, len(hidden), device.stream()
+            handle.layer, run.experts, weights, len(hidden), device.stream(), routes
         ) as ticket:
             if handle.pool.on_acquired is not None:  # prefetches queue up behind these misses
                 handle.pool.on_acquired()

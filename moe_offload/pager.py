@@ -26,6 +26,7 @@ from moe_offload.pages import SLOT_ALIGN, PageLayout
 from moe_offload.sources import PageSource
 
 MIN_SLOTS: int = _core.MIN_SLOTS  # one page is computed while the next arrives
+MAX_ROUTED_TOKENS: int = _core.MAX_ROUTED_TOKENS  # of a call whose routes a policy is told
 
 # Smaller pages begin where their slots do: the room to shift them, SLOT_ALIGN bytes a slot, would
 # cost more of the budget than 1 / 256 of it, and models that small fit in memory anyway.

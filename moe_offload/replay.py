@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from moe_offload import _core
 from moe_offload.errors import TraceError
+from moe_offload.pager import MAX_ROUTED_TOKENS
 from moe_offload.policies import POLICIES
 from moe_offload.traces import DECODE, Events, Trace
 
-REQUEST, PREFETCH, PREDICT, SEQUENCE, FILL, EXPECT = range(6)  # csrc/paging/event_log.h
+REQUEST, PREFETCH, PREDICT, SEQUENCE, FILL, EXPECT, ROUTES = range(7)  # csrc/paging/event_log.h
 _CELLS = 1 << 24  # (step, layer, expert) cells handled at once: 128 MiB of counts
 _PROFILE_SHARE = 0.1  # of the trace: what `static` learns its set from
 Batch = int | Literal["recorded"]
@@ -238,12 +239,14 @@ def check_batch(batch: Batch) -> Batch:
     raise ValueError(f'batch: expected a whole number of at least 1 or "recorded", got {batch!r}')
 
 
-def requests(trace: Trace, batch: Batch = 1) -> Events:
+def requests(trace: Trace, batch: Batch = 1, *, routes: bool = True) -> Events:
     """The pager's requests for a trace, distinct experts in rising order as the layer asks.
 
     Args:
         trace: its decode rows are used, all rows when it has none ("recorded": always all).
         batch: B streams side by side, or "recorded" for the model calls as they were.
+        routes: of calls of 2 to 32 tokens, tell whose experts are whose; a live pager tells
+            policies that ask.
 
     New sequences are announced when B of them have begun (B of them share a batch).
     """
@@ -259,7 +262,8 @@ def requests(trace: Trace, batch: Batch = 1) -> Events:
             )
         lane = np.arange(len(rows)) * batch // len(rows)
         step = np.arange(len(rows)) - np.searchsorted(lane, lane)
-    return _requests(rows, step, 1 if batch == "recorded" else batch)
+    events = _requests(rows, step, 1 if batch == "recorded" else batch)
+    return _with_routes(events, rows, step) if routes else events
 
 
 def _requests(trace: Trace, step: NDArray[np.int64], batch: int) -> Events:
@@ -313,6 +317,40 @@ def _requests(trace: Trace, step: NDArray[np.int64], batch: int) -> Events:
         experts.astype(np.int32),
         offsets.astype(np.int64) if weights is not None else np.zeros(len(offsets), np.int64),
         values.astype(np.float32),
+    )
+
+
+def _with_routes(events: Events, trace: Trace, step: NDArray[np.int64]) -> Events:
+    """ROUTES before each request of 2 to MAX_ROUTED_TOKENS tokens."""
+    told = np.flatnonzero(
+        (events.kinds == REQUEST) & (events.counts > 1) & (events.counts <= MAX_ROUTED_TOKENS)
+    )
+    if not len(told):
+        return events
+    # [N, L, A] by step, then layer; of a step's tokens in order.
+    _, num_layers, top_k = trace.ids.shape
+    size = np.bincount(step)[step]
+    in_told = (size > 1) & (size <= MAX_ROUTED_TOKENS)
+    call = step[in_told][:, None] * num_layers + np.arange(num_layers)
+    order = np.argsort(call.reshape(-1), kind="stable")
+    routes = trace.ids[in_told].reshape(-1, top_k)[order].reshape(-1)
+
+    kinds = np.insert(events.kinds, told, ROUTES)
+    is_routes = kinds == ROUTES
+    counts = np.insert(events.counts, told, events.counts[told])
+    sizes = np.insert(np.diff(events.expert_offsets), told, events.counts[told] * top_k)
+    value_sizes = np.insert(np.diff(events.value_offsets), told, 0)
+    experts = np.empty(sizes.sum(), np.int32)
+    of_routes = np.repeat(is_routes, sizes)
+    experts[of_routes], experts[~of_routes] = routes, events.experts
+    return Events(
+        kinds,
+        np.insert(events.layers, told, events.layers[told]),
+        counts,
+        np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        experts,
+        np.concatenate([[0], np.cumsum(value_sizes)]).astype(np.int64),
+        events.values,
     )
 
 
@@ -403,10 +441,13 @@ def with_predictions(
 
 def _profile(events: Events, num_experts: Sequence[int], count: int) -> list[int]:
     """The most used pages in the first tenth of the requests."""
-    part = max(1, int(len(events.kinds) * _PROFILE_SHARE))
+    asked = np.flatnonzero(events.kinds == REQUEST)
+    part = int(asked[: max(1, int(len(asked) * _PROFILE_SHARE))].max(initial=0)) + 1
     end = int(events.expert_offsets[part])
     stride = max(num_experts)
-    layer = np.repeat(events.layers[:part], np.diff(events.expert_offsets[: part + 1]))
-    uses = np.bincount(layer * stride + events.experts[:end], minlength=len(num_experts) * stride)
+    sizes = np.diff(events.expert_offsets[: part + 1])
+    pages = np.repeat(events.layers[:part], sizes) * stride + events.experts[:end]
+    pages = pages[np.repeat(events.kinds[:part] == REQUEST, sizes)]
+    uses = np.bincount(pages, minlength=len(num_experts) * stride)
     best = np.argsort(-uses, kind="stable")[:count]
     return [int(page) for page in best if uses[page] > 0]

@@ -158,11 +158,11 @@ class Events:
 
     Attributes:
         kinds: [n] uint8: 0 request, 1 prefetch, 2 predict, 3 new sequences, 4 fill,
-            5 expect.
+            5 expect, 6 routes of the layer's next request.
         layers: [n] int32.
-        counts: [n] int32: tokens of a request; visits ahead of a prediction.
+        counts: [n] int32: tokens of a request or of routes; visits ahead of a prediction.
         expert_offsets: [n + 1] int64 into `experts`.
-        experts: int32.
+        experts: int32; of routes [tokens, A], -1 for none.
         value_offsets: [n + 1] int64 into `values`.
         values: float32: router weights of a request, probabilities of a prediction.
         num_slots: of the pager.

@@ -31,12 +31,13 @@ def test_results_do_not_depend_on_the_policy(policy):
 class SpyPager:
     """Stands in for a pager and writes down what it is asked."""
 
-    def __init__(self, pager, uses_weights):
-        self._pager, self.uses_weights, self.requests, self.sequences = pager, uses_weights, [], 0
+    def __init__(self, pager, uses_weights, uses_routes):
+        self._pager, self.uses_weights, self.uses_routes = pager, uses_weights, uses_routes
+        self.requests, self.sequences = [], 0
 
-    def acquire(self, layer, experts, weights, num_tokens, stream):
-        self.requests.append((layer, list(experts), list(weights), num_tokens))
-        return self._pager.acquire(layer, experts, weights, num_tokens, stream)
+    def acquire(self, layer, experts, weights, num_tokens, stream, routes):
+        self.requests.append((layer, list(experts), list(weights), num_tokens, list(routes)))
+        return self._pager.acquire(layer, experts, weights, num_tokens, stream, routes)
 
     def begin_sequence(self):
         self.sequences += 1
@@ -45,8 +46,8 @@ class SpyPager:
         return getattr(self._pager, name)
 
 
-@pytest.mark.parametrize("uses_weights", [False, True])
-def test_policies_are_told_tokens_weights_and_sequences(uses_weights):
+@pytest.mark.parametrize("asks", [False, True])
+def test_policies_are_told_tokens_weights_routes_and_sequences(asks):
     model = tiny_model("mixtral")
     routed = []
     for module in model.modules():
@@ -55,13 +56,19 @@ def test_policies_are_told_tokens_weights_and_sequences(uses_weights):
     with moe_offload.offload(model, "25%") as offloader:
         pool = offloader.pools[0]
         real = pool.pager
-        spy = pool.pager = SpyPager(real, uses_weights)
-        model.generate(prompt_ids(length=6), max_new_tokens=3, do_sample=False)
+        spy = pool.pager = SpyPager(real, asks, asks)
+        model.generate(prompt_ids(length=20, batch=2), max_new_tokens=3, do_sample=False)
+        model(prompt_ids(length=6))
+        model(prompt_ids(length=1))
         pool.pager = real
-    assert spy.sequences == 1
-    assert [request[0] for request in spy.requests] == [0, 1] * 3
-    assert [request[3] for request in spy.requests] == [6, 6, 1, 1, 1, 1]
-    for (_, experts, weights, _), (ids, topk_weights) in zip(spy.requests, routed, strict=True):
+    assert spy.sequences == 3
+    assert [request[0] for request in spy.requests] == [0, 1] * 5
+    tokens = [request[3] for request in spy.requests]
+    assert tokens == [40, 40, 2, 2, 2, 2, 6, 6, 1, 1]
+    for request, (ids, topk_weights) in zip(spy.requests, routed, strict=True):
+        _, experts, weights, count, routes = request
+        # Of one token the distinct experts say it all, a prompt is too long to be told apart.
+        assert routes == (ids.reshape(-1).tolist() if asks and count in (2, 6) else [])
         assert experts == sorted(set(ids.reshape(-1).tolist()))
         expected = [topk_weights[ids == expert].sum().item() for expert in experts]
-        assert weights == (pytest.approx(expected, rel=1e-6) if uses_weights else [])
+        assert weights == (pytest.approx(expected, rel=1e-6) if asks else [])

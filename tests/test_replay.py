@@ -72,7 +72,7 @@ def test_what_a_policy_learns_live_it_learns_in_the_replay(policy):
     assert other.per_layer["demand_misses"] != live["demand_misses"]
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu-per-layer", "forecast"])
+@pytest.mark.parametrize("policy", ["lru", "lfu-per-layer", "forecast", "learned"])
 def test_rows_alone_give_the_same_counters(policy):
     """Without the pager's log: requests rebuilt from the routing of prefill and decode calls."""
     model = tiny_model("mixtral", num_hidden_layers=3)
@@ -81,7 +81,7 @@ def test_rows_alone_give_the_same_counters(policy):
             model.generate(prompt_ids(length=9, batch=3), max_new_tokens=20, do_sample=False)
         live = live_counters(offloader)
         slots = offloader.pools[0].num_slots
-    events = replay.requests(trace, "recorded")
+    events = replay.requests(trace, "recorded", routes=policy == "learned")
     result = replay.replay_events(events, trace.num_experts, policy, num_slots=slots)
     assert {name: result.per_layer[name] for name in live} == live
     logged = trace.events
@@ -99,7 +99,7 @@ def naive_steps(trace, batch):
     ]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize("batch", [1, 3, 7, 45])
 def test_requests_are_the_distinct_experts_of_a_step(batch, monkeypatch):
     monkeypatch.setattr(replay, "_CELLS", 100)  # several pieces
     trace = generate_trace("mixtral", 50, 12, num_layers=3, seed=batch)
@@ -114,6 +114,13 @@ def test_requests_are_the_distinct_experts_of_a_step(batch, monkeypatch):
             assert events.kinds[index] == replay.SEQUENCE
             index += 1
         for layer in range(3):
+            if 1 < len(rows) <= replay.MAX_ROUTED_TOKENS:
+                assert (events.kinds[index], events.layers[index]) == (replay.ROUTES, layer)
+                assert events.counts[index] == len(rows)
+                span = slice(*events.expert_offsets[index : index + 2])
+                assert events.experts[span].tolist() == trace.ids[rows, layer].reshape(-1).tolist()
+                assert events.value_offsets[index] == events.value_offsets[index + 1]
+                index += 1
             assert (events.kinds[index], events.layers[index]) == (replay.REQUEST, layer)
             assert events.counts[index] == len(rows)
             weights = {}
@@ -124,6 +131,7 @@ def test_requests_are_the_distinct_experts_of_a_step(batch, monkeypatch):
             span = slice(*events.expert_offsets[index : index + 2])
             assert events.experts[span].tolist() == sorted(weights)
             expected = [weights[expert] for expert in sorted(weights)]
+            span = slice(*events.value_offsets[index : index + 2])
             assert events.values[span] == pytest.approx(expected, rel=1e-6)
             index += 1
     assert index == len(events.kinds)
@@ -164,6 +172,16 @@ def test_nobody_beats_belady_with_bypass(preset, batch):
         min(results.values()) == results["belady-bypass"]
     )
     assert results["belady-bypass"] < results["lru"]
+
+
+@pytest.mark.parametrize("policy", ["static", "lru", "predictive"])
+def test_routes_change_nothing_for_policies_that_do_not_ask(policy):
+    trace = generate_trace("mixtral", 600, num_layers=3, seed=4)
+    trace.ids[::7, :, 1] = -1
+    told, plain = (replay.requests(trace, 4, routes=routes) for routes in (True, False))
+    assert len(told.kinds) > len(plain.kinds)
+    results = [replay.replay_events(e, trace.num_experts, policy, 0.25) for e in (told, plain)]
+    assert results[0].per_layer == results[1].per_layer
 
 
 def test_everything_hits_when_everything_fits():

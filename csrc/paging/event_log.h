@@ -16,6 +16,7 @@ enum class EventKind : uint8_t {
     kSequence = 3,  // what follows belongs to new prompts
     kFill = 4,      // into free slots
     kExpect = 5,    // residents that no prefetch may evict before the layer's next request
+    kRoutes = 6,    // of the layer's next request: experts of each of `count` tokens, [tokens, A]
 };
 
 struct EventLog {

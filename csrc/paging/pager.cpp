@@ -33,6 +33,7 @@ Pager::Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
               : *std::max_element(options_.num_experts.begin(), options_.num_experts.end())),
       admit_limit_(options_.admit_limit),
       uses_weights_(policy->uses_weights()),
+      uses_routes_(policy->uses_routes()),
       uses_predictions_(policy->uses_predictions()),
       owner_pid_(::getpid()),
       table_(options_.num_experts.size() * static_cast<size_t>(experts_per_layer_),
@@ -132,22 +133,32 @@ void Pager::check_values(std::span<const int32_t> experts, std::span<const float
 
 std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> experts,
                                        std::span<const float> weights, int32_t num_tokens,
-                                       std::optional<StreamHandle> stream) {
+                                       std::optional<StreamHandle> stream,
+                                       std::span<const int32_t> routes) {
     check_usable();
     auto ticket = std::make_shared<Ticket>(shared_from_this(), layer, stream);
     Lock lock(mutex_);
     ticket->closed_ = true;  // until it is complete: an exception below leaves nothing to undo
     check_request(layer, experts);
     if (!weights.empty()) check_values(experts, weights);
+    if (!routes.empty() && (num_tokens < 1 || routes.size() % static_cast<size_t>(num_tokens) != 0))
+        throw std::invalid_argument("pager: expected as many routes for each of " +
+                                    std::to_string(num_tokens) + " tokens, got " +
+                                    std::to_string(routes.size()) + " in all");
     ticket->closed_ = false;
     ++num_live_tickets_;
     ticket->opened_ns_ = now_ns();
+    if (log_ && !routes.empty()) log_->add(EventKind::kRoutes, layer, routes, {}, num_tokens);
     if (log_) log_->add(EventKind::kRequest, layer, experts, weights, num_tokens);
     if (evict_probability_ > 0) evict_at_random();
 
     pages_.clear();
     for (const int32_t expert : experts) pages_.push_back(page_of(layer, expert));
-    LayerRequest request{layer, pages_, weights, num_tokens};
+    LayerRequest request{.layer = layer,
+                         .pages = pages_,
+                         .weights = weights,
+                         .num_tokens = num_tokens,
+                         .routes = routes};
     table_.begin_request(request);
 
     LayerCounters& counters = counters_[static_cast<size_t>(layer)];

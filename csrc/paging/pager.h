@@ -89,10 +89,11 @@ class Pager : public std::enable_shared_from_this<Pager> {
     // Never blocks on a copy. Throws std::invalid_argument for ids out of range or repeated.
     // For the policy: each expert's router weight summed over the call's tokens ({}: not given),
     // and how many tokens these are (0: not given). `stream`: where the pages are read; none: by
-    // the host.
+    // the host. `routes` [num_tokens, A]: whose experts are whose, see LayerRequest.
     std::shared_ptr<Ticket> acquire(int32_t layer, std::span<const int32_t> experts,
                                     std::span<const float> weights = {}, int32_t num_tokens = 0,
-                                    std::optional<StreamHandle> stream = std::nullopt);
+                                    std::optional<StreamHandle> stream = std::nullopt,
+                                    std::span<const int32_t> routes = {});
 
     // Starts copies of pages likely to be needed, behind all demands. Takes free slots and slots
     // of the policy's victims, never one that holds a prefetch whose layer was not routed since.
@@ -136,6 +137,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
         return options_.shifts.empty() ? nullptr : slot_shifts_.data();
     }
     bool uses_weights() const { return uses_weights_; }
+    bool uses_routes() const { return uses_routes_; }
     std::string engine_name() const { return engine_->name(); }
     bool uses_predictions() const { return uses_predictions_; }
     const CopyEngine& engine() const { return *engine_; }
@@ -192,7 +194,7 @@ class Pager : public std::enable_shared_from_this<Pager> {
     const PagerOptions options_;
     const int32_t experts_per_layer_;  // stride of PageIndex
     size_t admit_limit_;
-    const bool uses_weights_, uses_predictions_;
+    const bool uses_weights_, uses_routes_, uses_predictions_;
     const int owner_pid_;
 
     mutable std::mutex mutex_;

@@ -35,6 +35,11 @@ void Simulator::run(const EventView& events, std::span<int32_t> misses,
                                         std::to_string(setting_.num_layers()));
         const auto begin = static_cast<size_t>(events.expert_offsets[i]);
         const auto end = static_cast<size_t>(events.expert_offsets[i + 1]);
+        if (events.kinds[i] == static_cast<uint8_t>(EventKind::kRoutes)) {
+            const auto ids = events.experts.subspan(begin, end - begin);
+            routes_.assign(ids.begin(), ids.end());
+            continue;
+        }
         const int32_t count = setting_.num_experts[static_cast<size_t>(layer)];
         pages_.clear();
         ++serial_;
@@ -59,6 +64,7 @@ void Simulator::run(const EventView& events, std::span<int32_t> misses,
             case EventKind::kRequest: {
                 const int32_t missed = request(layer, values, events.counts[i]);
                 if (!misses.empty()) misses[i] = missed;
+                routes_.clear();
                 break;
             }
             case EventKind::kPrefetch: {
@@ -92,7 +98,11 @@ void Simulator::run(const EventView& events, std::span<int32_t> misses,
 
 // Pager::acquire, with copies that end at once and a ticket that is released before the next one.
 int32_t Simulator::request(int32_t layer, std::span<const float> weights, int32_t num_tokens) {
-    LayerRequest request{layer, pages_, weights, num_tokens};
+    LayerRequest request{.layer = layer,
+                         .pages = pages_,
+                         .weights = weights,
+                         .num_tokens = num_tokens,
+                         .routes = routes_};
     table_.begin_request(request);
     LayerCounters& counters = counters_[static_cast<size_t>(layer)];
     ++counters.acquires;

@@ -54,6 +54,7 @@ class Simulator {
     std::vector<uint64_t> seen_;         // [pages] 1 + event that named the page
     uint64_t serial_ = 0;
     std::vector<PageIndex> pages_;
+    std::vector<int32_t> routes_;  // of the next request
     std::vector<int32_t> misses_;
     std::vector<SlotIndex> pinned_;
 };

@@ -1,7 +1,9 @@
 // The path memory and the forecast against slow definitions; `learned` and `auto` as caches.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <map>
 #include <random>
 #include <set>
@@ -38,54 +40,102 @@ size_t shared(const std::vector<PageIndex>& a, const std::vector<PageIndex>& b) 
     }));
 }
 
-// Similarity by its definition, recomputed from all passes, with more passes than the ring holds.
-void path_memory_agrees_with_its_definition() {
+// Similarity by its definition, recomputed from all passes, with more rows than the ring holds.
+// rows_at(t): rows of pass t.
+void check_path_memory(const std::function<size_t(size_t)>& rows_at) {
     constexpr size_t kLayers = 3, kExperts = 70, kCapacity = 16;  // two words per layer
+    struct Row {
+        size_t pass, row;
+        PathMemory::Entry entry;
+        Pass layers;
+        std::map<size_t, uint32_t> similarity;  // to stored rows, by their place in `stored`
+    };
     PathMemory memory(kLayers, kExperts, kCapacity);
     std::mt19937 random(1);
-    std::vector<Pass> passes;
-    std::vector<std::vector<uint32_t>> similarity;  // [pass][earlier pass]
+    std::vector<Row> stored;  // all, the oldest first
     for (size_t t = 0; t < 60; ++t) {
-        memory.begin_pass();
-        passes.emplace_back(kLayers);
-        std::vector<uint32_t> row(t, 0);
-        for (size_t s = 0; s < t; ++s)
-            if (s > 0 && t > 0 && s <= t - 1 && s - 1 < similarity[t - 1].size())
-                row[s] = similarity[t - 1][s - 1] * PathMemory::kFade / 256;
-        for (size_t layer = 0; layer < kLayers; ++layer) {
-            if (t % 7 == 3 && layer == 1) continue;  // a pass may leave a layer out
-            passes[t][layer] = draw(random, kExperts, 20);
-            memory.observe(layer, passes[t][layer]);
-            for (size_t s = 0; s < t; ++s)
-                row[s] += PathMemory::kUnit * uint32_t(shared(passes[t][layer], passes[s][layer]));
-            const auto nearest = memory.nearest(5);
-            const size_t stored = std::min(t, kCapacity - 1);
-            std::vector<uint32_t> expected(row.end() - long(stored), row.end());
-            std::sort(expected.rbegin(), expected.rend());
-            expected.erase(std::remove(expected.begin(), expected.end(), 0u), expected.end());
-            CHECK_EQ(nearest.size(), std::min<size_t>(5, expected.size()));
-            for (size_t i = 0; i < nearest.size(); ++i) {
-                CHECK_EQ(nearest[i].similarity, expected[i]);
-                CHECK_EQ(nearest[i].similarity, row[t - nearest[i].age]);
+        const size_t rows = rows_at(t), now = stored.size();
+        memory.begin_pass(rows);
+        CHECK_EQ(memory.num_rows(), rows);
+        for (size_t r = 0; r < rows; ++r)
+            stored.push_back({t, r, PathMemory::Entry((now + r) % kCapacity), Pass(kLayers), {}});
+        const auto before_of = [&](size_t i) {  // the same sequence one pass earlier
+            for (size_t j = 0; j < i; ++j)
+                if (stored[j].pass + 1 == stored[i].pass && stored[j].row == stored[i].row)
+                    return j;
+            return i;
+        };
+        const size_t oldest = stored.size() - std::min(stored.size(), kCapacity);
+        for (size_t i = now; i < stored.size(); ++i) {
+            const size_t mine = before_of(i);
+            for (size_t s = oldest; s < now; ++s) {
+                const size_t its = before_of(s);
+                auto& similarity = stored[i].similarity[s] = 0;
+                if (mine != i && its != s && stored[mine].similarity.count(its))
+                    similarity = stored[mine].similarity[its] * PathMemory::kFade / 256;
             }
         }
-        similarity.push_back(row);
-        CHECK_EQ(memory.known(), std::min(t + 1, kCapacity));
-        for (size_t age = 0; age < memory.known(); ++age)
+        for (size_t layer = 0; layer < kLayers; ++layer) {
+            if (t % 7 == 3 && layer == 1) continue;  // a pass may leave a layer out
+            std::vector<PageIndex> all;
+            std::vector<int32_t> routes;
+            for (size_t i = now; i < stored.size(); ++i) {
+                stored[i].layers[layer] = all = draw(random, kExperts, 20);
+                routes.insert(routes.end(), all.begin(), all.end());
+            }
+            memory.observe(layer, all, routes);
+            for (size_t i = now; i < stored.size(); ++i) {
+                std::vector<uint32_t> expected;
+                for (auto& [s, similarity] : stored[i].similarity) {
+                    similarity += PathMemory::kUnit * uint32_t(shared(stored[i].layers[layer],
+                                                                      stored[s].layers[layer]));
+                    if (similarity > 0) expected.push_back(similarity);
+                }
+                std::sort(expected.rbegin(), expected.rend());
+                const auto nearest = memory.nearest(i - now, 5);
+                CHECK_EQ(nearest.size(), std::min<size_t>(5, expected.size()));
+                for (size_t k = 0; k < nearest.size(); ++k) {
+                    CHECK_EQ(nearest[k].similarity, expected[k]);
+                    const auto found =
+                        std::find_if(stored.begin() + long(oldest), stored.begin() + long(now),
+                                     [&](const Row& row) { return row.entry == nearest[k].entry; });
+                    CHECK(found != stored.begin() + long(now));
+                    CHECK_EQ(nearest[k].similarity,
+                             stored[i].similarity[size_t(found - stored.begin())]);
+                }
+            }
+        }
+        for (size_t i = oldest; i < stored.size(); ++i) {
+            auto next = memory.none();
+            for (const Row& row : stored)
+                if (row.pass == stored[i].pass + 1 && row.row == stored[i].row) next = row.entry;
+            CHECK_EQ(memory.next(stored[i].entry), next);
             for (size_t layer = 0; layer < kLayers; ++layer) {
                 size_t bits = 0;
                 for (size_t word = 0; word < memory.words(); ++word)
-                    bits += size_t(std::popcount(memory.experts(age, layer, word)));
-                CHECK_EQ(bits, passes[t - age][layer].size());
-                for (const PageIndex expert : passes[t - age][layer])
-                    CHECK((memory.experts(age, layer, expert / 64) >> (expert % 64)) & 1);
+                    bits += size_t(std::popcount(memory.experts(stored[i].entry, layer, word)));
+                CHECK_EQ(bits, stored[i].layers[layer].size());
+                for (const PageIndex expert : stored[i].layers[layer])
+                    CHECK((memory.experts(stored[i].entry, layer, expert / 64) >> (expert % 64)) &
+                          1);
             }
+        }
     }
 }
 
+void path_memory_agrees_with_its_definition() {
+    check_path_memory([](size_t) { return 1; });
+}
+
+void path_memory_follows_each_sequence_of_a_batch() {
+    check_path_memory([](size_t) { return 3; });
+    check_path_memory([](size_t t) { return t % 5 == 0 ? 1 : 2 + t % 4; });  // they come and go
+}
+
 // A request served as the pager does; returns its misses.
-size_t serve(SlotTable& table, int32_t layer, const std::vector<PageIndex>& pages, size_t limit) {
-    LayerRequest request{layer, pages, {}, 1, 0};
+size_t serve(SlotTable& table, int32_t layer, const std::vector<PageIndex>& pages, size_t limit,
+             int32_t num_tokens = 1, std::span<const int32_t> routes = {}) {
+    LayerRequest request{layer, pages, {}, num_tokens, 0, routes};
     table.begin_request(request);
     std::vector<int32_t> misses;
     std::vector<SlotIndex> pinned;
@@ -169,6 +219,36 @@ void learned_recognises_repeated_text() {
     // Six sentences of twelve words: the next words are known, all but at a sentence's end.
     CHECK(learned * 10 < lru * 8);
     CHECK(total(replay(trace, "auto", 16), 300) * 10 < lru * 8);
+}
+
+// Four texts side by side, whose passes together hardly ever come again: told apart, each is
+// recognised.
+void learned_recognises_each_text_of_a_batch() {
+    constexpr size_t kRows = 4, kPasses = 500;
+    const Trace trace = text(5, kRows * kPasses);
+    const PolicySetting setting = setting_of(trace.layers, trace.experts, 16);
+    for (const char* name : {"learned", "auto"}) {
+        std::array<size_t, 2> misses{};
+        for (const bool told : {false, true}) {
+            SlotTable table(setting.num_pages(), 16, make_policy(name, setting));
+            CHECK(table.policy().uses_routes());
+            for (size_t t = 0; t < kPasses; ++t)
+                for (int32_t layer = 0; layer < trace.layers; ++layer) {
+                    std::set<PageIndex> pages;
+                    std::vector<int32_t> routes;
+                    for (size_t row = 0; row < kRows; ++row)
+                        for (const PageIndex e : trace.passes[row * kPasses + t][size_t(layer)]) {
+                            routes.push_back(int32_t(e));
+                            pages.insert(PageIndex(layer * trace.experts) + e);
+                        }
+                    if (!told) routes.clear();
+                    const size_t missed =
+                        serve(table, layer, {pages.begin(), pages.end()}, 4, kRows, routes);
+                    if (t >= 200) misses[told] += missed;
+                }
+        }
+        CHECK(misses[1] * 10 < misses[0] * 9);
+    }
 }
 
 // Large batches: every layer uses most of its experts, some more often than others. Arriving pages
@@ -319,10 +399,42 @@ void path_predictor_names_what_followed() {
     CHECK_THROWS(std::invalid_argument, "at least one expert", PathPredictor({}));
 }
 
+// Four texts side by side, see learned_recognises_each_text_of_a_batch.
+void path_predictor_follows_each_text_of_a_batch() {
+    constexpr size_t kRows = 4, kPasses = 500;
+    const Trace trace = text(5, kRows * kPasses);
+    std::array<size_t, 2> wrong{};  // experts named and not used, or used and not named
+    for (const bool told : {false, true}) {
+        PathPredictor predictor(std::vector<int32_t>(size_t(trace.layers), trace.experts));
+        for (size_t t = 0; t < kPasses; ++t)
+            for (int32_t layer = 0; layer < trace.layers; ++layer) {
+                std::set<int32_t> used;
+                std::vector<int32_t> routes;
+                for (size_t row = 0; row < kRows; ++row)
+                    for (const PageIndex e : trace.passes[row * kPasses + t][size_t(layer)]) {
+                        routes.push_back(int32_t(e));
+                        used.insert(int32_t(e));
+                    }
+                const auto chances = predictor.predict(layer);
+                for (int32_t expert = 0; t >= 200 && expert < trace.experts; ++expert) {
+                    const float chance = chances[size_t(expert)];
+                    CHECK(chance >= 0.0F && chance <= 1.0F);
+                    wrong[told] += (chance > 0.5F) != (used.count(expert) > 0);
+                }
+                if (!told) routes.clear();
+                const std::vector<int32_t> ids(used.begin(), used.end());
+                predictor.observe(layer, ids, kRows, routes);
+            }
+    }
+    CHECK(wrong[1] * 2 < wrong[0]);
+}
+
 }  // namespace
 
 int main() {
     RUN(path_memory_agrees_with_its_definition);
+    RUN(path_memory_follows_each_sequence_of_a_batch);
+    RUN(learned_recognises_each_text_of_a_batch);
     RUN(learned_recognises_repeated_text);
     RUN(learned_does_not_thrash_when_layers_use_most_of_their_experts);
     RUN(auto_is_not_worse_than_lru);
@@ -332,4 +444,5 @@ int main() {
     RUN(prefetched_pages_stay_until_their_layer_is_routed);
     RUN(victims_are_those_of_the_full_scan);
     RUN(path_predictor_names_what_followed);
+    RUN(path_predictor_follows_each_text_of_a_batch);
 }

@@ -198,13 +198,19 @@ void a_recorded_run_lists_every_request() {
                  pool.pager->acquire(0, one, weights, 7));
     CHECK_THROWS(std::invalid_argument, "one value per expert, got 2 for 1",
                  pool.pager->predict(0, one, weights));
+    const std::vector<int32_t> routes{3, 2, -1, 2};
+    CHECK_THROWS(std::invalid_argument, "as many routes for each of 3 tokens, got 4",
+                 pool.pager->acquire(0, experts, {}, 3, std::nullopt, routes));
+    CHECK_THROWS(std::invalid_argument, "as many routes for each of 0 tokens, got 4",
+                 pool.pager->acquire(0, experts, {}, 0, std::nullopt, routes));
+    pool.pager->acquire(0, experts, {}, 2, std::nullopt, routes);
     const EventLog log = pool.pager->recorded();
-    CHECK_EQ(log.kinds, (std::vector<uint8_t>{3, 1, 2, 0}));
-    CHECK_EQ(log.layers, (std::vector<int32_t>{0, 1, 1, 0}));
-    CHECK_EQ(log.counts, (std::vector<int32_t>{0, 0, 2, 7}));
-    CHECK_EQ(log.experts, (std::vector<int32_t>{5, 2, 3, 2, 3}));
-    CHECK_EQ(log.expert_offsets, (std::vector<int64_t>{0, 0, 1, 3, 5}));
-    CHECK_EQ(log.value_offsets, (std::vector<int64_t>{0, 0, 0, 2, 4}));
+    CHECK_EQ(log.kinds, (std::vector<uint8_t>{3, 1, 2, 0, 6, 0}));
+    CHECK_EQ(log.layers, (std::vector<int32_t>{0, 1, 1, 0, 0, 0}));
+    CHECK_EQ(log.counts, (std::vector<int32_t>{0, 0, 2, 7, 2, 2}));
+    CHECK_EQ(log.experts, (std::vector<int32_t>{5, 2, 3, 2, 3, 3, 2, -1, 2, 2, 3}));
+    CHECK_EQ(log.expert_offsets, (std::vector<int64_t>{0, 0, 1, 3, 5, 9, 11}));
+    CHECK_EQ(log.value_offsets, (std::vector<int64_t>{0, 0, 0, 2, 4, 4, 4}));
     pool.pager->set_recording(false);
     CHECK(pool.pager->recorded().kinds.empty());
 }

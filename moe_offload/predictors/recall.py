@@ -1,9 +1,10 @@
 """What was routed after the most similar moments of the past will be routed again.
 
-A memory of the last 4 096 passes, one bit per expert, is searched for those that resemble the
-layers routed so far; the experts the coming layers used then are the prediction. It needs no
-weights, no training and no hidden states, and it keeps across prompts what it has seen: the longer
-a model runs on similar text, the more it recognises. docs/policies.md has the measurements.
+A memory of the last 4 096 tokens, one bit per expert, is searched for those that resemble the
+layers routed so far; the experts the coming layers used then are the prediction. Each sequence of a
+batch of up to 32 is recognised by itself. It needs no weights, no training and no hidden states,
+and it keeps across prompts what it has seen: the longer a model runs on similar text, the more it
+recognises. docs/policies.md has the measurements.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from moe_offload import _core
+from moe_offload.pager import MAX_ROUTED_TOKENS
 from moe_offload.predictors.base import ModelFacts, Prediction, Predictions, Predictor
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 class Recall(Predictor):
     """Scores [R, E] of the next `depth` layers, at each routed layer and before the first.
 
-    One search of the memory per layer, about 10 us, and one per predicted layer.
+    One search of the memory per layer and sequence, about 10 us, and one per predicted layer.
 
     Args:
         depth: how many layers ahead, >= 1.
@@ -50,11 +52,13 @@ class Recall(Predictor):
     def layer_routed(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Predictions:
         experts = np.unique(topk_ids.numpy())
         known = (experts >= 0) & (experts < self._facts.num_experts[layer])
-        self._memory.observe(layer, experts[known].tolist())
+        rows, told = len(topk_ids), 1 < len(topk_ids) <= MAX_ROUTED_TOKENS
+        routes = topk_ids.reshape(-1).tolist() if told else []
+        self._memory.observe(layer, experts[known].tolist(), rows, routes)
         self._began = True
         if not self.wanted:
             return ()
-        return self._predictions(layer + 1, len(topk_ids))
+        return self._predictions(layer + 1, rows)
 
     def _predictions(self, first: int, rows: int) -> Predictions:
         predictions = []

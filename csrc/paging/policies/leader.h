@@ -24,6 +24,7 @@ class Leader final : public KeepsPrefetched {
     void request(const LayerRequest& request) override;
     void sequence_begins() override;
     bool evicts_hits() const override { return true; }
+    bool uses_routes() const override { return true; }
     // A second slot would be one that the leader kept.
     size_t smallest_share(size_t) const override { return 1; }
 

@@ -14,6 +14,7 @@ namespace {
 constexpr size_t kPassesRemembered = 4096;
 constexpr size_t kNeighbours = 16;
 constexpr double kPassDiscount = UseForecast::kPassDiscount;
+constexpr size_t kRowAverage = 2;       // of kHalfLives: 20 visits
 constexpr float kAverageWeight = 0.3F;  // of the 20-visit average, in neighbours
 constexpr uint64_t kSamplePeriod = 5;   // one layer call in five is learned from
 constexpr uint64_t kSolvePeriod = 4;    // passes
@@ -37,8 +38,11 @@ UseForecast::UseForecast(const PolicySetting& setting)
       average_(setting.num_pages() * kHalfLives.size(), 0.0F),
       unused_(setting.num_pages(), 100.0F),
       worth_(setting.num_pages(), 0.0F),
+      row_average_(setting.num_pages(), 0.0F),
       continued_(kAhead.size() * stride_, 0.0F),
+      unneeded_(kAhead.size() * stride_),
       recency_(stride_),
+      recent_(kHorizon * num_layers_ * memory_.words(), 0),
       waiting_(kHorizon * setting.num_pages(), Sample{}),
       waiting_since_(kHorizon * num_layers_, 0) {
     for (size_t k = 0; k < kHalfLives.size(); ++k)
@@ -51,16 +55,23 @@ void UseForecast::request(const LayerRequest& request) {
     if (request.step != step_) {
         step_ = request.step;
         ++pass_;
-        memory_.begin_pass();
+        memory_.begin_pass(rows_of(request));
+        const size_t words = num_layers_ * memory_.words();
+        std::fill_n(recent_.begin() + static_cast<ptrdiff_t>(pass_ % kHorizon * words), words,
+                    uint64_t{0});
         if (pass_ % kSolvePeriod == 0) solve();
     }
-    if (!is_informative(request.pages.size(), stride_)) return;
+    if (memory_.num_rows() == 1 && !is_informative(request.pages.size(), stride_)) return;
     experts_.assign(request.pages.begin(), request.pages.end());
-    for (PageIndex& expert : experts_) expert -= static_cast<PageIndex>(layer * stride_);
-    memory_.observe(layer, experts_);
+    uint64_t* used = &recent_[(pass_ % kHorizon * num_layers_ + layer) * memory_.words()];
+    for (PageIndex& expert : experts_) {
+        expert -= static_cast<PageIndex>(layer * stride_);
+        used[expert / 64] |= uint64_t{1} << (expert % 64);
+    }
+    memory_.observe(layer, experts_, request.routes);
     learn(layer);
-    average(layer, request.pages);
-    look_up(layer, experts_.size());
+    average(layer, request);
+    look_up(layer, request);
     score(layer);
 }
 
@@ -72,8 +83,10 @@ void UseForecast::learn(size_t layer) {
     for (size_t expert = 0; expert < stride_; ++expert) samples[expert][kFeatures] = 0.0F;
     double value = std::pow(kPassDiscount, double(kHorizon) - 1.0);
     for (size_t age = 0; age < kHorizon; ++age) {  // from the last visit to the first
+        const uint64_t* used =
+            &recent_[((pass_ - age) % kHorizon * num_layers_ + layer) * memory_.words()];
         for (size_t word = 0; word < memory_.words(); ++word)
-            for (uint64_t bits = memory_.experts(age, layer, word); bits != 0; bits &= bits - 1)
+            for (uint64_t bits = used[word]; bits != 0; bits &= bits - 1)
                 samples[word * 64 + static_cast<size_t>(std::countr_zero(bits))][kFeatures] =
                     static_cast<float>(value);
         value /= kPassDiscount;
@@ -90,7 +103,8 @@ void UseForecast::learn(size_t layer) {
     }
 }
 
-void UseForecast::average(size_t layer, std::span<const PageIndex> pages) {
+void UseForecast::average(size_t layer, const LayerRequest& request) {
+    const auto pages = request.pages;
     constexpr size_t kAverages = kHalfLives.size();
     for (size_t k = 0; k < kAverages; ++k) {
         float* average = &average_[(layer * kAverages + k) * stride_];
@@ -102,24 +116,50 @@ void UseForecast::average(size_t layer, std::span<const PageIndex> pages) {
     float* unused = &unused_[layer * stride_];
     for (size_t expert = 0; expert < stride_; ++expert) unused[expert] += 1.0F;
     for (const PageIndex page : pages) unused_[page] = 0.0F;
+
+    float* of_row = &row_average_[layer * stride_];
+    const float gain = gain_[kRowAverage], share = gain / static_cast<float>(memory_.num_rows());
+    for (size_t expert = 0; expert < stride_; ++expert) of_row[expert] -= of_row[expert] * gain;
+    if (memory_.num_rows() == 1)
+        for (const PageIndex expert : experts_) of_row[expert] += share;
+    else
+        for (const int32_t expert : request.routes)
+            if (expert >= 0 && static_cast<size_t>(expert) < stride_) of_row[expert] += share;
 }
 
-// How often each expert was used within 1, 3, 8 visits after the passes most
-// like this one.
-void UseForecast::look_up(size_t layer, size_t num_pages) {
+// How likely each expert is used within 1, 3, 8 visits: by any row, taken to be independent.
+void UseForecast::look_up(size_t layer, const LayerRequest& request) {
+    const size_t rows = memory_.num_rows();
+    if (rows == 1) return continue_row(layer, 0, experts_.size());
+    std::fill(unneeded_.begin(), unneeded_.end(), 1.0F);
+    for (size_t row = 0; row < rows; ++row) {
+        continue_row(layer, row, request.routes.size() / rows);
+        for (size_t i = 0; i < unneeded_.size(); ++i)
+            unneeded_[i] *= 1.0F - std::min(continued_[i], 1.0F);
+    }
+    for (size_t i = 0; i < unneeded_.size(); ++i) continued_[i] = 1.0F - unneeded_[i];
+}
+
+// How often a row used each expert within 1, 3, 8 visits after the moments most like its present
+// one, at which it uses num_experts of the layer.
+void UseForecast::continue_row(size_t layer, size_t row, size_t num_experts) {
     std::fill(continued_.begin(), continued_.end(), 0.0F);
-    const auto neighbours = memory_.nearest(kNeighbours);
+    const auto neighbours = memory_.nearest(row, kNeighbours);
     std::array<float, kAhead.size()> total{};
     for (const auto& neighbour : neighbours) {
         const float weight =
-            neighbour_weight(neighbours[0].similarity - neighbour.similarity, num_pages);
-        const size_t last = std::min<size_t>(kHorizon, neighbour.age);
+            neighbour_weight(neighbours[0].similarity - neighbour.similarity, num_experts);
+        std::array<PathMemory::Entry, kHorizon> after;  // as far as it is known
+        size_t last = 0;
+        for (auto entry = memory_.next(neighbour.entry); entry != memory_.none() && last < kHorizon;
+             entry = memory_.next(entry))
+            after[last++] = entry;
         for (size_t word = 0; word < memory_.words(); ++word) {
             uint64_t used = 0;
-            size_t ahead = 1;
+            size_t ahead = 0;
             for (size_t k = 0; k < kAhead.size(); ++k) {
-                for (; ahead <= std::min(last, kAhead[k]); ++ahead)
-                    used |= memory_.experts(neighbour.age - ahead, layer, word);
+                for (; ahead < std::min(last, kAhead[k]); ++ahead)
+                    used |= memory_.experts(after[ahead], layer, word);
                 float* continued = &continued_[k * stride_ + word * 64];
                 for (uint64_t bits = used; bits != 0; bits &= bits - 1)
                     continued[std::countr_zero(bits)] += weight;
@@ -130,7 +170,7 @@ void UseForecast::look_up(size_t layer, size_t num_pages) {
                         static_cast<float>(kAhead[k]);
     }
     // Where the memory has nothing to say the 20-visit average speaks.
-    const float* average = &average_[(layer * kHalfLives.size() + 2) * stride_];
+    const float* average = &row_average_[layer * stride_];
     for (size_t k = 0; k < kAhead.size(); ++k) {
         const float visits = static_cast<float>(std::min<size_t>(kAhead[k], 4));
         const float scale_k = 1.0F / (total[k] + kAverageWeight);

@@ -1,12 +1,14 @@
 // Keeps the pages that will be used soonest, by a forecast learned from the running model alone.
 //
 // For every expert of a layer just routed, a handful of numbers say how likely its next use is:
-// exponential averages of its use over 2 to 1 000 visits, how long ago it was used, and how often
-// it was used 1, 3 and 8 visits after the most similar passes of the past (PathMemory). A linear
-// model of them is fitted, by recursive least squares, to what then happened: kPassDiscount^(d - 1)
-// for a page used after d visits, 0 beyond kHorizon. Its prediction is the page's worth. All pages
-// of the model share the eleven weights, so a few tokens of any text fit them; there is no training
-// phase, no learning rate and nothing to save. A layer's scores change at its own calls only.
+// exponential averages of its use over 2 to 1 000 visits, how long ago it was used, and how likely
+// it is used in 1, 3 and 8 visits by what followed the most similar passes of the past
+// (PathMemory). Of a batch each sequence has its own past, and an expert is used if any of them
+// does. A linear model of them is fitted, by recursive least squares, to what then happened:
+// kPassDiscount^(d - 1) for a page used after d visits, 0 beyond kHorizon. Its prediction is the
+// page's worth. All pages of the model share the eleven weights, so a few tokens of any text fit
+// them; there is no training phase, no learning rate and nothing to save. A layer's scores change
+// at its own calls only.
 //
 // On real traces, cold start included, it closes 40 to 71 % of the distance between the better LRU
 // and Belady's MIN at a quarter of the pages, one token at a time (docs/study.md, replay.json).
@@ -43,8 +45,9 @@ class UseForecast {
     using Sample = std::array<float, (kFeatures + 1 + 3) / 4 * 4>;
 
     void learn(size_t layer);
-    void average(size_t layer, std::span<const PageIndex> pages);
-    void look_up(size_t layer, size_t num_pages);
+    void average(size_t layer, const LayerRequest& request);
+    void look_up(size_t layer, const LayerRequest& request);
+    void continue_row(size_t layer, size_t row, size_t num_experts);
     void score(size_t layer);
     void solve();
 
@@ -56,10 +59,13 @@ class UseForecast {
     std::vector<float> average_;      // [layers, half lives, experts] of use per visit
     std::vector<float> unused_;       // [pages] visits since the last use
     std::vector<float> worth_;        // [pages]
+    std::vector<float> row_average_;  // [pages] of use per visit and row, of the last 20 visits
     std::vector<float> continued_;    // [ahead, experts] of the layer being routed
+    std::vector<float> unneeded_;     // [ahead, experts] scratch
     std::vector<float> recency_;      // [experts] scratch
     std::vector<PageIndex> experts_;  // of the present request, numbered from 0
 
+    std::vector<uint64_t> recent_;  // [kHorizon, layers, words] experts used in the last passes
     // Features wait here for their outcome: [kHorizon, layers, experts].
     std::vector<Sample> waiting_;
     std::vector<uint64_t> waiting_since_;  // [kHorizon, layers] 1 + pass, 0: nothing
@@ -171,6 +177,7 @@ class Learned final : public KeepsPrefetched {
         return lowest != kNoPage ? lowest : Ranked::victim(incoming, may_evict);
     }
     bool evicts_hits() const override { return streams_; }
+    bool uses_routes() const override { return true; }
     // Expected discount of the next use, whatever brought the page here: that of the visit, times
     // the part of a pass until it. A page of the layer just computed is a whole pass away. Where
     // every layer uses most of what it has (large batches) this keeps the arriving pages from

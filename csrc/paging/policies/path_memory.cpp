@@ -93,62 +93,102 @@ const Loops& loops() {
 
 PathMemory::PathMemory(size_t num_layers, size_t experts_per_layer, size_t capacity)
     : num_layers_(num_layers),
+      experts_per_layer_(experts_per_layer),
       words_((experts_per_layer + 63) / 64),
       capacity_(capacity),
       bits_(num_layers * words_ * capacity, 0),
-      similarity_(capacity, 0),
-      faded_(capacity, 0),
+      next_(capacity, none()),
+      previous_(capacity, none()),
+      faded_(capacity + 1, 0),
       candidates_(capacity, 0),
       mask_(words_) {}
 
-void PathMemory::begin_pass() {
-    // The similarity of pass s starts from that of pass s - 1 to the pass before
-    // the present one.
-    now_ = known_ == 0 ? 0 : (now_ + 1) % capacity_;
-    known_ = std::min(known_ + 1, capacity_);
-    for (size_t s = 1; s < capacity_; ++s) faded_[s] = (similarity_[s - 1] * kFade) >> 8;
-    faded_[0] = (similarity_[capacity_ - 1] * kFade) >> 8;
-    std::swap(similarity_, faded_);
-    similarity_[now_] = 0;
-    for (size_t row = 0; row < num_layers_ * words_; ++row) bits_[row * capacity_ + now_] = 0;
+void PathMemory::begin_pass(size_t num_rows) {
+    // The similarity of an entry starts from that of its predecessor to the row's own.
+    if (rows_.size() < num_rows) rows_.resize(num_rows, {std::vector<uint32_t>(capacity_ + 1), {}});
+    for (size_t row = 0; row < num_rows; ++row) {
+        auto& similarity = rows_[row].similarity;
+        if (row < num_rows_)
+            for (size_t entry = 0; entry < capacity_; ++entry)
+                faded_[entry] = (similarity[previous_[entry]] * kFade) >> 8;
+        else
+            std::fill(faded_.begin(), faded_.end(), 0U);
+        std::swap(similarity, faded_);
+        similarity[none()] = 0;
+    }
+    const size_t first_before = first_, rows_before = num_rows_;
+    first_ = known_ == 0 ? 0 : (first_ + num_rows_) % capacity_;
+    num_rows_ = num_rows;
+    known_ = std::min(known_ + num_rows, capacity_);
+    for (size_t row = 0; row < num_rows; ++row) {
+        const Entry entry = entry_of(row);
+        for (size_t r = 0; r < num_rows; ++r) rows_[r].similarity[entry] = 0;
+        for (size_t w = 0; w < num_layers_ * words_; ++w) bits_[w * capacity_ + entry] = 0;
+        if (next_[entry] != none()) previous_[next_[entry]] = none();  // what was here is forgotten
+        next_[entry] = previous_[entry] = none();
+        if (row >= rows_before) continue;
+        previous_[entry] = static_cast<Entry>((first_before + row) % capacity_);
+        next_[previous_[entry]] = entry;
+    }
 }
 
-void PathMemory::observe(size_t layer, std::span<const PageIndex> experts) {
-    std::fill(mask_.begin(), mask_.end(), uint64_t{0});
-    for (const PageIndex expert : experts) mask_[expert / 64] |= uint64_t{1} << (expert % 64);
+void PathMemory::observe(size_t layer, std::span<const PageIndex> experts,
+                         std::span<const int32_t> routes) {
+    const auto add = [&](size_t expert) { mask_[expert / 64] |= uint64_t{1} << (expert % 64); };
+    if (num_rows_ == 1) {
+        std::fill(mask_.begin(), mask_.end(), uint64_t{0});
+        for (const PageIndex expert : experts) add(expert);
+        return observe_row(0, layer);
+    }
+    const size_t each = routes.size() / num_rows_;
+    for (size_t row = 0; each > 0 && row < num_rows_; ++row) {
+        std::fill(mask_.begin(), mask_.end(), uint64_t{0});
+        for (const int32_t expert : routes.subspan(row * each, each))
+            if (expert >= 0 && static_cast<size_t>(expert) < experts_per_layer_)
+                add(static_cast<size_t>(expert));
+        observe_row(row, layer);
+    }
+}
+
+void PathMemory::observe_row(size_t row, size_t layer) {
     for (size_t word = 0; word < words_; ++word) {
-        uint64_t* row = &bits_[(layer * words_ + word) * capacity_];
-        const uint64_t mask = mask_[word];
-        loops().add_shared(similarity_.data(), row, mask, known_);
-        row[now_] = mask;
+        uint64_t* bits = &bits_[(layer * words_ + word) * capacity_];
+        loops().add_shared(rows_[row].similarity.data(), bits, mask_[word], known_);
+        bits[entry_of(row)] = mask_[word];
     }
 }
 
-std::span<const PathMemory::Neighbour> PathMemory::nearest(size_t count) {
-    // The nearest of the call before are `count` passes that are at least this similar, so none
+std::span<const PathMemory::Neighbour> PathMemory::nearest(size_t row, size_t count) {
+    if (row >= num_rows_) return {};
+    auto& [similarity, nearest] = rows_[row];
+    // The nearest of the call before are `count` entries that are at least this similar, so none
     // below them can be among the nearest now: of thousands a few dozen are left to be ranked.
-    uint32_t bound = nearest_.size() == count ? std::numeric_limits<uint32_t>::max() : 0;
-    for (const Neighbour& before : nearest_) {
-        const auto slot = static_cast<size_t>(before.slot);
-        bound = std::min(bound, slot == now_ ? 0 : similarity_[slot]);
-    }
-    nearest_.clear();
-    if (count == 0) return nearest_;
+    uint32_t bound = nearest.size() == count ? std::numeric_limits<uint32_t>::max() : 0;
+    for (const Neighbour& before : nearest)
+        bound = std::min(bound, is_present(before.entry) ? 0 : similarity[before.entry]);
+    nearest.clear();
+    if (count == 0) return nearest;
     const size_t candidates =
-        loops().at_least(similarity_.data(), known_, std::max(bound, 1U), candidates_.data());
-    uint32_t lowest = 0;  // a pass must exceed it
+        loops().at_least(similarity.data(), known_, std::max(bound, 1U), candidates_.data());
+    uint32_t lowest = 0;  // an entry must exceed it
     for (size_t c = 0; c < candidates; ++c) {
-        const size_t s = candidates_[c];
-        if (similarity_[s] <= lowest || s == now_) continue;
-        const auto age = static_cast<uint32_t>(now_ >= s ? now_ - s : now_ + capacity_ - s);
-        const auto place = std::find_if(nearest_.begin(), nearest_.end(), [&](const Neighbour& n) {
-            return n.similarity < similarity_[s];
+        const Entry entry = candidates_[c];
+        if (similarity[entry] <= lowest || is_present(entry)) continue;
+        const auto place = std::find_if(nearest.begin(), nearest.end(), [&](const Neighbour& n) {
+            return n.similarity < similarity[entry];
         });
-        nearest_.insert(place, {similarity_[s], age, static_cast<uint32_t>(s)});
-        if (nearest_.size() > count) nearest_.pop_back();
-        if (nearest_.size() == count) lowest = nearest_.back().similarity;
+        nearest.insert(place, {similarity[entry], entry});
+        if (nearest.size() > count) nearest.pop_back();
+        if (nearest.size() == count) lowest = nearest.back().similarity;
     }
-    return nearest_;
+    return nearest;
+}
+
+size_t rows_of(const LayerRequest& request) {
+    const int32_t tokens = request.num_tokens;
+    return request.routes.empty() || tokens < 1 || tokens > kMaxRoutedTokens
+               ? 1
+               : static_cast<size_t>(tokens);
 }
 
 float neighbour_weight(uint32_t behind, size_t num_experts) {

@@ -16,24 +16,30 @@ class PathPredictor {
     explicit PathPredictor(std::vector<int32_t> num_experts);
 
     // A layer was routed to these distinct experts, numbered from 0; a layer not
-    // after the previous one begins a new pass. Throws std::invalid_argument for
-    // ids out of range.
-    void observe(int32_t layer, std::span<const int32_t> experts);
+    // after the previous one begins a new pass. Of several tokens: whose experts
+    // are whose, as in LayerRequest. Throws std::invalid_argument for experts out
+    // of range.
+    void observe(int32_t layer, std::span<const int32_t> experts, int32_t num_tokens = 1,
+                 std::span<const int32_t> routes = {});
     // Chance in [0, 1] that the layer's next visit uses each of its experts,
-    // [num_experts[layer]]. Throws std::invalid_argument for a layer out of
-    // range.
+    // [num_experts[layer]], by any token. Throws std::invalid_argument for a layer
+    // out of range.
     std::vector<float> predict(int32_t layer);
 
     size_t num_layers() const { return num_experts_.size(); }
 
   private:
     void check_layer(int32_t layer) const;
+    // Chances by one row of the pass, into chances_.
+    void predict_row(size_t row, size_t layer);
 
     const std::vector<int32_t> num_experts_;
     const size_t stride_;
     PathMemory memory_;
-    std::vector<float> average_;  // [layers, stride] of use per visit
+    std::vector<float> average_;  // [layers, stride] of use per visit and row
+    std::vector<float> chances_;  // [stride] scratch
     std::vector<PageIndex> experts_;
+    size_t experts_per_row_ = 0;  // of the last layer routed
     int32_t last_layer_ = 1 << 30;
 };
 

@@ -18,6 +18,7 @@ namespace moe_offload {
 
 // Dense number of a page: layer * experts_per_layer + expert.
 using PageIndex = uint32_t;
+constexpr int32_t kMaxRoutedTokens = 32;  // of a call whose routes a policy is told
 constexpr PageIndex kNoPage = std::numeric_limits<PageIndex>::max();
 
 // One call of one layer: everything a policy may know about it.
@@ -28,6 +29,9 @@ struct LayerRequest {
     int32_t num_tokens = 0;            // tokens of the call, 0: not given
     uint64_t step =
         0;  // passes over the model; a layer not after the previous one begins a new one
+    // [num_tokens, A] whose experts are whose, numbered from 0 in the layer; ids outside of it are
+    // nobody's. {}: not given.
+    std::span<const int32_t> routes = {};
 };
 
 // What a predictor knows about a visit of a layer to come.
@@ -77,6 +81,9 @@ class EvictionPolicy {
     virtual bool uses_predictions() const { return false; }
     // Does `request` read router weights? Callers need not gather them otherwise.
     virtual bool uses_weights() const { return false; }
+    // Does `request` read routes? Callers need not gather them otherwise, nor for one token or for
+    // more than kMaxRoutedTokens.
+    virtual bool uses_routes() const { return false; }
 };
 
 // What a policy is made for. Fields a policy does not need may stay empty.
