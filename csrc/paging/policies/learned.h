@@ -60,8 +60,8 @@ class UseForecast {
     std::vector<float> unused_;       // [pages] visits since the last use
     std::vector<float> worth_;        // [pages]
     std::vector<float> row_average_;  // [pages] of use per visit and row, of the last 20 visits
-    std::vector<float> continued_;    // [ahead, experts] of the layer being routed
-    std::vector<float> unneeded_;     // [ahead, experts] scratch
+    std::vector<float> continued_;    // [ahead, 64 x words] experts of the layer being routed
+    std::vector<float> unneeded_;     // [ahead, 64 x words] scratch
     std::vector<float> recency_;      // [experts] scratch
     std::vector<PageIndex> experts_;  // of the present request, numbered from 0
 
