@@ -28,7 +28,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "expertflow"))
 
-import numpy as np
 from harness import (
     RESULTS,
     Row,
@@ -40,26 +39,19 @@ from harness import (
 )
 from workloads import prompts
 
-from moe_offload import _core
 from moe_offload.policies import POLICIES
 from moe_offload.replay import (
-    EXPECT,
-    PREDICT,
-    PREFETCH,
-    REQUEST,
-    ROUTES,
-    EventList,
     ReplayResult,
     replay_events,
     requests,
 )
+from moe_offload.replay_events import with_recall
 from moe_offload.trace_files import read_trace
-from moe_offload.traces import Events, Trace
+from moe_offload.traces import Trace
 
 CAPS = (0.125, 0.25, 0.5, 0.75)
 BATCHES = (1, 4, 16, 32)
 PREFETCHING = ("predictive", "auto")  # also run with recall's predictions
-WORTH_FETCHING = 0.7  # a chance above 1/2: it is lower for absent pages than for all
 
 
 @dataclass(frozen=True)
@@ -120,39 +112,6 @@ COLUMNS = (
     *("demand_misses", "prefetches", "wasted_prefetches", "gap_closed", "gap_closed_all_copies"),
     *("net_mb_per_token", "slots_per_step"),
 )
-
-
-def with_recall(events: Events, num_experts: list[int]) -> Events:
-    """The events with what the live `recall` predictor would have said and fetched in between."""
-    told = EventList()
-    memory = _core.PathPredictor(num_experts)
-    num_layers, began = len(num_experts), False
-    routes: list[int] = []
-
-    def announce(layer: int) -> None:
-        chances = np.array(memory.predict(layer), np.float32)
-        told.add(PREDICT, layer, np.arange(len(chances)), chances)
-        likely = np.flatnonzero(chances >= WORTH_FETCHING)
-        if len(likely):
-            likely = likely[np.argsort(-chances[likely], kind="stable")]
-            told.add(EXPECT, layer, likely)
-            told.add(PREFETCH, layer, likely)
-
-    for index, kind in enumerate(events.kinds):
-        layer = int(events.layers[index])
-        experts = events.experts[events.expert_offsets[index] : events.expert_offsets[index + 1]]
-        values = events.values[events.value_offsets[index] : events.value_offsets[index + 1]]
-        if kind == ROUTES:
-            routes = experts.tolist()
-        if kind == REQUEST and layer == 0 and began:
-            announce(0)  # the token is known
-        told.add(int(kind), layer, experts, values, int(events.counts[index]))
-        if kind == REQUEST:
-            memory.observe(layer, experts.tolist(), int(events.counts[index]), routes)
-            routes, began = [], True
-            if layer + 1 < num_layers:
-                announce(layer + 1)
-    return told.events()
 
 
 def table(name: str, trace: Trace, page_bytes: int, caps: tuple[float, ...]) -> list[Row]:

@@ -185,7 +185,8 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
         type=_listed(str),
         default=["lru", "belady-bypass"],
         metavar="A,B",
-        help=f"of {', '.join(POLICIES)}, or `all` (lru,belady-bypass)",
+        help=f"of {', '.join(POLICIES)}, or `all`; with +recall behind it, the predictor recall "
+        "prefetches (lru,belady-bypass)",
     )
     parser.add_argument(
         "--cap", type=_listed(float), default=[0.25], metavar="X,Y", help="shares of slots (0.25)"

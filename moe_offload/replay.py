@@ -15,7 +15,7 @@ the second token of a step hit what the first one fetched, and flatter recency.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,10 +25,17 @@ from moe_offload import _core
 from moe_offload.errors import TraceError
 from moe_offload.pager import MAX_ROUTED_TOKENS
 from moe_offload.policies import POLICIES
+from moe_offload.replay_events import EXPECT as EXPECT
+from moe_offload.replay_events import FILL as FILL
+from moe_offload.replay_events import PREDICT as PREDICT
+from moe_offload.replay_events import PREFETCH as PREFETCH
+from moe_offload.replay_events import REQUEST, ROUTES, SEQUENCE, with_recall
+from moe_offload.replay_events import EventList as EventList
+from moe_offload.replay_events import with_predictions as with_predictions
 from moe_offload.traces import DECODE, Events, Trace
 
-REQUEST, PREFETCH, PREDICT, SEQUENCE, FILL, EXPECT, ROUTES = range(7)  # csrc/paging/event_log.h
 _CELLS = 1 << 24  # (step, layer, expert) cells handled at once: 128 MiB of counts
+RECALL = "+recall"  # behind a policy's name
 _PROFILE_SHARE = 0.1  # of the trace: what `static` learns its set from
 Batch = int | Literal["recorded"]
 
@@ -117,13 +124,18 @@ def replay_grid(
 ) -> Iterator[ReplayResult]:
     """Replay every combination, batch by batch, cap by cap, policy by policy.
 
+    "auto+recall" is `auto` with the predictor `recall`, which prefetches: see `with_recall`.
+
     Raises:
         TraceError: the trace is empty or malformed.
         ValueError: unknown policy, cap outside (0, 1], batch below 1 or above the rows there are.
     """
     for name in policies:
-        if name not in POLICIES:
-            raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {name!r}")
+        if name.removesuffix(RECALL) not in POLICIES:
+            raise ValueError(
+                f"policy: expected one of {', '.join(POLICIES)}, or one with {RECALL} behind it, "
+                f"got {name!r}"
+            )
     for cap in caps:
         check_cap(cap)
     trace.check()
@@ -131,9 +143,15 @@ def replay_grid(
         check_batch(batch)
     for batch in batches:
         events = requests(trace, batch)
+        recalled = any(name.endswith(RECALL) for name in policies)
+        told = with_recall(events, trace.num_experts) if recalled else events
         for cap in caps:
-            for policy in policies:
-                yield replay_events(events, trace.num_experts, policy, cap, batch)
+            for name in policies:
+                policy, log = name, events
+                if name.endswith(RECALL):
+                    policy, log = name.removesuffix(RECALL), told
+                result = replay_events(log, trace.num_experts, policy, cap, batch)
+                yield replace(result, policy=name)
 
 
 def replay(trace: Trace, policy: str = "lru", cap: float = 0.25, batch: Batch = 1) -> ReplayResult:
@@ -352,91 +370,6 @@ def _with_routes(events: Events, trace: Trace, step: NDArray[np.int64]) -> Event
         np.concatenate([[0], np.cumsum(value_sizes)]).astype(np.int64),
         events.values,
     )
-
-
-class EventList:
-    """Events one by one, for replays with predictions and prefetches."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[int, int, int]] = []
-        self._experts: list[NDArray[np.int32]] = []
-        self._values: list[NDArray[np.float32]] = []
-
-    def add(
-        self,
-        kind: int,
-        layer: int,
-        experts: Any = (),
-        values: Any = (),
-        count: int = 0,
-    ) -> None:
-        """Append one event; see `Events` for what `count` and `values` mean."""
-        self._rows.append((kind, layer, count))
-        self._experts.append(np.asarray(experts, np.int32))
-        self._values.append(np.asarray(values, np.float32))
-
-    def events(self) -> Events:
-        rows = np.array(self._rows, np.int32).reshape(-1, 3)
-        return Events(
-            rows[:, 0].astype(np.uint8),
-            np.ascontiguousarray(rows[:, 1]),
-            np.ascontiguousarray(rows[:, 2]),
-            _offsets(self._experts),
-            np.concatenate([np.empty(0, np.int32), *self._experts]),
-            _offsets(self._values),
-            np.concatenate([np.empty(0, np.float32), *self._values]),
-        )
-
-
-def _offsets(parts: list[NDArray[Any]]) -> NDArray[np.int64]:
-    return np.cumsum([0, *(len(part) for part in parts)]).astype(np.int64)
-
-
-def with_predictions(
-    events: Events,
-    probabilities: NDArray[Any],
-    *,
-    prefetch: int = 0,
-    layers_ahead: int = 1,
-) -> Events:
-    """Add a predictor's word to the requests of a trace.
-
-    Args:
-        events: of `requests`, S steps of L layers.
-        probabilities: [S, L, E], that step s needs an expert, known when the step begins.
-        prefetch: also prefetch this many of the most probable experts of each layer,
-        layers_ahead: when the layer that many layers before it is about to be routed.
-    """
-    result = EventList()
-    num_layers = probabilities.shape[1]
-    requests_seen = 0
-
-    def announce(step: int, layer: int) -> None:
-        if layer >= num_layers or prefetch == 0:
-            return
-        best = np.argsort(-probabilities[step, layer], kind="stable")[:prefetch]
-        result.add(PREFETCH, layer, best[probabilities[step, layer, best] > 0])
-
-    for index, kind in enumerate(events.kinds):
-        layer = int(events.layers[index])
-        if kind == REQUEST:
-            step, position = divmod(requests_seen, num_layers)
-            requests_seen += 1
-            if position == 0:
-                for ahead in range(num_layers):
-                    likely = np.flatnonzero(probabilities[step, ahead] > 0)
-                    result.add(PREDICT, ahead, likely, probabilities[step, ahead, likely])
-                for ahead in range(layers_ahead):
-                    announce(step, ahead)
-            announce(step, position + layers_ahead)
-        result.add(
-            int(kind),
-            layer,
-            events.experts[events.expert_offsets[index] : events.expert_offsets[index + 1]],
-            events.values[events.value_offsets[index] : events.value_offsets[index + 1]],
-            int(events.counts[index]),
-        )
-    return result.events()
 
 
 def _profile(events: Events, num_experts: Sequence[int], count: int) -> list[int]:

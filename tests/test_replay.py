@@ -209,6 +209,24 @@ def test_an_oracle_that_prefetches_removes_demand_misses():
     assert result.demand_misses + result.prefetches <= 1.05 * plain.demand_misses
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_recall_prefetches_by_name(batch):
+    """On a text that repeats; each of the rows is its policy's own where none is asked."""
+    trace = generate_trace("switch", 60, 60, num_layers=4, seed=7)
+    trace = trace.rows(np.tile(np.arange(60), 10))
+    trace.call = np.arange(600)
+    names = ["lru", "lru+recall", "auto", "auto+recall"]
+    rows = {r.policy: r for r in replay.replay_grid(trace, names, [0.25], [batch])}
+    assert list(rows) == names
+    for name in ("lru", "auto"):
+        plain, told = rows[name], rows[f"{name}+recall"]
+        assert plain.prefetches == 0
+        assert plain.demand_misses == replay.replay(trace, name, 0.25, batch).demand_misses
+        assert told.lookups == plain.lookups
+        assert told.prefetch_hits > told.wasted_prefetches
+        assert told.demand_misses + told.wasted_prefetches < 0.9 * plain.demand_misses
+
+
 def test_wrong_prefetches_are_counted_as_wasted():
     trace = generate_trace("switch", 100, 100, num_layers=2, seed=6)
     events = replay.requests(trace, 1)
@@ -226,6 +244,7 @@ def test_bad_input_is_one_clear_error():
     trace = generate_trace("mixtral", 5, num_layers=2)
     for policies, caps, batches, message in [
         (["mru"], [0.5], [1], "policy: expected one of lru, .* got 'mru'"),
+        (["mru+recall"], [0.5], [1], "policy: expected one of lru, .* got 'mru.recall'"),
         (["lru"], [0], [1], "cap: expected a share of all experts above 0 and at most 1, got 0"),
         (["lru"], [1.5], [1], "cap: .* got 1.5"),
         (["lru"], [0.5], [0], 'batch: expected a whole number of at least 1 or "recorded", got 0'),
