@@ -48,8 +48,9 @@ WeightView view(const std::optional<View>& given) {
 }
 
 WeightFormat format_named(const std::string& name) {
-    static constexpr const char* kNames[] = {"plain", "mxfp4", "fp8_block", "fp8_block_bf16"};
-    for (int32_t i = 0; i < 4; ++i)
+    static constexpr const char* kNames[] = {"plain",          "mxfp4",      "fp8_block",
+                                             "fp8_block_bf16", "int4_group", "int4_group_f16"};
+    for (int32_t i = 0; i < 6; ++i)
         if (name == kNames[i]) return static_cast<WeightFormat>(i);
     throw std::invalid_argument("weight format: the CPU kernels do not know " + name);
 }
@@ -139,13 +140,16 @@ void bind_expert_ffn(py::module_& m) {
                          const std::optional<View>& gate_bias, const std::string& format,
                          const std::optional<Scales>& up_scales,
                          const std::optional<Scales>& down_scales,
-                         const std::optional<Scales>& gate_scales, uintptr_t shifts) {
+                         const std::optional<Scales>& gate_scales, int64_t up_group,
+                         int64_t down_group, uintptr_t shifts) {
                  FfnWeights weights{view(gate),          view(up),      view(down),
                                     view(gate_bias),     view(up_bias), view(down_bias),
                                     format_named(format)};
                  set_scales(weights.up, up_scales);
                  set_scales(weights.down, down_scales);
                  set_scales(weights.gate, gate_scales);
+                 weights.gate.group = weights.up.group = up_group;
+                 weights.down.group = down_group;
                  for (WeightView* view : {&weights.gate, &weights.up, &weights.down,
                                           &weights.gate_bias, &weights.up_bias, &weights.down_bias})
                      view->shifts = reinterpret_cast<const uint32_t*>(shifts);
@@ -154,11 +158,11 @@ void bind_expert_ffn(py::module_& m) {
              "up"_a, "down"_a, "gate"_a = py::none(), "up_bias"_a = py::none(),
              "down_bias"_a = py::none(), "gate_bias"_a = py::none(), "format"_a = "plain",
              "up_scales"_a = py::none(), "down_scales"_a = py::none(), "gate_scales"_a = py::none(),
-             "shifts"_a = 0,
+             "up_group"_a = 0, "down_group"_a = 0, "shifts"_a = 0,
              "Each view: (address of slot 0, bytes to the next slot, to the next row, to the next "
              "element of a row); scales of quantised matrices: (address of slot 0, bytes to the "
-             "next). shifts: address of uint32 [S], bytes that each slot's page lies further on; "
-             "0: none does.");
+             "next); groups of int4_group: columns that share a scale. shifts: address of uint32 "
+             "[S], bytes that each slot's page lies further on; 0: none does.");
 
     py::class_<FfnRun>(m, "FfnRun")
         .def_property_readonly("experts", &FfnRun::experts)

@@ -222,6 +222,8 @@ class FfnWeights:
         up_scales: tuple[int, int] | None = None,
         down_scales: tuple[int, int] | None = None,
         gate_scales: tuple[int, int] | None = None,
+        up_group: int = 0,
+        down_group: int = 0,
         shifts: int = 0,
     ) -> None: ...
 

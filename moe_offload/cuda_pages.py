@@ -35,7 +35,7 @@ class ExpertShape:
         up_bias_offset, down_bias_offset: likewise, or -1 for no biases.
         weight_format: a name in `quantization.FORMATS`, the layout of gate_up and down.
         up_scale_offset, down_scale_offset: of their scales; -1 for plain weights.
-        group_size: of int4_group, columns that share a scale.
+        group_size: of int4_group, columns that share a scale, a power of two from 32.
         activation: a name in `ACTIVATIONS`.
         gated: act(gate) * up; else act(up).
         interleaved: gate and up rows alternate (gpt-oss); else gate's F rows come first.
@@ -91,6 +91,9 @@ class ExpertShape:
         name = f"ExpertShape: weight_format {self.weight_format}"
         if self.transposed and self.weight_format != "plain":
             raise ValueError(f"{name} is stored [rows, columns], got transposed")
+        group = self.group_size
+        if self.weight_format == "int4_group" and (group < 32 or group & (group - 1)):
+            raise ValueError(f"{name}: group_size must be a power of two from 32, got {group}")
         try:
             check_size(self.weight_format, self.up_rows, self.hidden, self.group_size)
             check_size(self.weight_format, self.hidden, self.inner, self.group_size)

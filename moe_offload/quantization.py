@@ -13,7 +13,8 @@ oracle, and what a backend without such kernels can compute with.
     int4_group  codes  int32 [N, K / 8], "weight_packed": eight codes of four bits from the lowest
                 bits up, a code is the value + 8
                 scales bfloat16 or float16 [N, K / group], "weight_scale"
-                compressed-tensors "pack-quantized", symmetric. Chosen among the int4 layouts:
+                compressed-tensors "pack-quantized", symmetric; one group is a whole row where its
+                strategy is "channel". Chosen among the int4 layouts:
                 its packing is one documented function (pack_to_int32), and rows stay rows (GPTQ
                 packs along K of a transposed matrix, AWQ permutes the nibbles).
 
@@ -31,6 +32,7 @@ from torch import Tensor
 FORMATS = ("plain", "fp8_block", "mxfp4", "int4_group")  # in the order of the C++ enum
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
+INT4_PER_WORD = 8
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E4M3_MAX = 448.0
 
@@ -56,10 +58,8 @@ def check_size(format: str, rows: int, columns: int, group_size: int = 0) -> Non
         raise ValueError(f"quantization: format must be one of {known}, got {format!r}")
     if format != "int4_group" and group_size:
         raise ValueError(f"quantization: only int4_group has a group_size, got one for {format}")
-    if format == "int4_group" and (group_size < 32 or group_size & (group_size - 1)):
-        raise ValueError(
-            f"quantization: group_size must be a power of two from 32, got {group_size}"
-        )
+    if format == "int4_group" and (group_size < 32 or group_size % 32):
+        raise ValueError(f"quantization: group_size must be a multiple of 32, got {group_size}")
     multiple = {"plain": 8, "fp8_block": 16, "mxfp4": MXFP4_GROUP, "int4_group": group_size}[format]
     if rows <= 0 or columns <= 0 or columns % multiple:
         raise ValueError(
@@ -153,7 +153,7 @@ def dequantise_int4_group(
 
     Args:
         packed: int32 [..., N, K / 8].
-        scales: bfloat16 or float16 [..., N, K / group].
+        scales: bfloat16, float16 or float32 [..., N, K / group].
         dtype: of the result, after that rounding; None: the scales'.
 
     Raises:
@@ -164,13 +164,13 @@ def dequantise_int4_group(
     _expect(fits, who, "packed int32 [..., N, K / 8]", packed)
     columns = packed.shape[-1] * 8
     fits = (
-        scales.dtype in (torch.bfloat16, torch.float16)
+        scales.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and scales.shape[:-1] == packed.shape[:-1]
         and columns % max(scales.shape[-1], 1) == 0
         and columns // max(scales.shape[-1], 1) >= 8
     )
     lead = list(packed.shape[:-1])
-    _expect(fits, who, f"scales bfloat16 or float16 {[*lead, f'{columns} / group']}", scales)
+    _expect(fits, who, f"scales of a float dtype {[*lead, f'{columns} / group']}", scales)
     shifts = torch.arange(0, 32, 4, device=packed.device, dtype=torch.int32)
     values = ((packed[..., None] >> shifts) & 15).flatten(-2) - 8
     each = scales.repeat_interleave(columns // scales.shape[-1], -1)

@@ -68,6 +68,7 @@ QUANTISED = ExpertShape(
             "needs bfloat16 activations.* got torch.float16",
         ),
         ({"weight_format": "int4_group"}, ValueError, "a power of two from 32, got 0"),
+        ({"weight_format": "int4_group", "group_size": 96}, ValueError, "of two from 32, got 96"),
         (
             {"weight_format": "int4_group", "group_size": 128, "hidden": 2880},
             ValueError,

@@ -20,10 +20,17 @@ torch.set_num_threads(1)
 ISAS = _core.cpu_isas("bfloat16")
 
 
-def quantised_twin(inputs: Inputs, form: str, bf16_scales: bool = False) -> dict[str, Tensor]:
+def quantised_twin(
+    inputs: Inputs,
+    form: str,
+    bf16_scales: bool = False,
+    group: int = 0,
+    int4_scales: torch.dtype = torch.bfloat16,
+) -> dict[str, Tensor]:
     """Replace the matrices of `inputs` by what a quantised copy of them means; returns the copy.
 
-    fp8's gate and up have a grid of blocks each, as checkpoints store them.
+    fp8's gate and up have a grid of blocks each, as checkpoints store them. group: of int4_group,
+    -1 for whole rows.
     """
     stored = dict(inputs.weights)
     for name in [n for n in stored if n.endswith("_proj")]:
@@ -31,7 +38,8 @@ def quantised_twin(inputs: Inputs, form: str, bf16_scales: bool = False) -> dict
         gated = name == "gate_up_proj" and form == "fp8_block"
         parts = []
         for part in matrix.split(inputs.case.inner, dim=1) if gated else [matrix]:
-            codes, scales = quantization.lossy_quantise(form, part, torch.bfloat16)
+            columns = part.shape[-1] if group < 0 else group
+            codes, scales = quantization.lossy_quantise(form, part, int4_scales, columns)
             assert scales is not None
             if bf16_scales:
                 scales = scales.bfloat16()
@@ -93,6 +101,37 @@ def test_fp8_sizes_off_the_blocks(isa: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [32, 64, 96, 128, -1])
+@pytest.mark.parametrize("tokens", [1, 8, 70])
+def test_int4_bits_are_those_of_dequantised_weights(
+    tokens: int, group: int, scales: torch.dtype, isa: str
+) -> None:
+    hidden, inner = (192, 96) if group == 96 else (128, 256)
+    inputs = Inputs.make(Case("", tokens, 2, 3, hidden, inner, bias=True), torch.bfloat16)
+    stored = quantised_twin(inputs, "int4_group", group=group, int4_scales=scales)
+    got = quantised(inputs, stored, "int4_group", isa)
+    assert torch.equal(got, inputs.native(isa))
+    assert torch.equal(quantised(inputs, stored, "int4_group", isa, threads=3), got)
+    for name in stored:  # each section counts
+        if name.endswith(("_proj", SCALES)):
+            changed = {**stored, name: stored[name].flip(0)}
+            assert not torch.equal(quantised(inputs, changed, "int4_group", isa), got)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_int4_alternating_rows_of_gate_and_up(isa: str, tokens: int) -> None:
+    inputs = Inputs.make(Case("", tokens, 2, 3, 96, 160, GPT_OSS, bias=True), torch.bfloat16)
+    stored = quantised_twin(inputs, "int4_group", group=32)
+    layer = inputs.layer(isa, concatenated=False)
+    run = inputs.start(layer, 1)
+    run.compute_all(layer.weights(inputs.weights))
+    expected = inputs.finish(run)
+    assert torch.equal(quantised(inputs, stored, "int4_group", isa, concatenated=False), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_alternating_rows_of_gate_and_up(isa: str, tokens: int) -> None:
     """gpt-oss: codes are [2F, H], gate and up in turn; the resident twin is [H, 2F]."""
@@ -123,6 +162,13 @@ def test_what_the_kernels_refuse() -> None:
         odd.start(odd.layer(), 1).compute_all(
             _core.FfnWeights(up=view, down=view, gate=view, format="mxfp4")
         )
+    for up_group, down_group in ((0, 32), (48, 32), (32, 128), (-32, 32)):
+        weights = _core.FfnWeights(
+            up=view, down=view, gate=view, format="int4_group", up_group=up_group,
+            down_group=down_group, up_scales=(1, 0), down_scales=(1, 0), gate_scales=(1, 0),
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="multiples of 32 that divide 64 columns, got"):
+            run.compute_all(weights)
     wide = Inputs.make(Case("", 2, 1, 2, 64, 64), torch.float32)
     scales = (1, 0)
     weights = _core.FfnWeights(

@@ -38,13 +38,15 @@ struct ActivationSpec {
     float alpha = 1.0f, limit = 0.0f, offset = 0.0f;  // kClampedSwiglu only
 };
 
-// How a matrix holds its numbers. Quantised ones mean bf16 (code times scale, rounded once), and
+// How a matrix holds its numbers. Quantised ones mean bf16 (code times scale, rounded), and
 // lie row after row without gaps; moe_offload/quantization.py has the layouts.
 enum class WeightFormat : int32_t {
     kPlain = 0,  // in FfnShape::dtype
     kMxfp4 = 1,
     kFp8Block = 2,      // scales in fp32
     kFp8BlockBF16 = 3,  // scales in bf16
+    kInt4Group = 4,     // scales in bf16, of WeightView::group columns each
+    kInt4GroupF16 = 5,  // scales in fp16: the product is rounded to fp16, then to bf16
 };
 
 // Element k of row n of the matrix in slot s is at base + s * slot_stride + n * row_stride +
@@ -59,6 +61,7 @@ struct WeightView {
     int64_t k_stride = 0;               // of no meaning for a bias and for quantised matrices
     const std::byte* scales = nullptr;  // of a quantised matrix, of its row 0
     int64_t scales_stride = 0;          // from slot to slot
+    int64_t group = 0;                  // of int4_group, a multiple of 32 that divides K
     const uint32_t* shifts = nullptr;   // [S] bytes that slot s lies further on, or null: none does
 
     int64_t shift(int64_t s) const { return shifts ? shifts[s] : 0; }

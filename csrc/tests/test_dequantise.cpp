@@ -1,5 +1,6 @@
 // Unpacking quantised weights: every code under every scale, on every instruction set, against the
 // formats' definitions in double; bytes outside the rows stay as they are.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -40,6 +41,7 @@ struct Matrix {
     WeightFormat format;
     int64_t rows, k_size;
     std::vector<std::byte> codes, scales;
+    int64_t group = 0;
 
     // Rows [begin, end), with a guard of 0xabcd behind each row and around all.
     std::vector<uint16_t> unpack(const Kernels& kernels, int64_t begin, int64_t end) const {
@@ -47,7 +49,7 @@ struct Matrix {
         std::vector<uint16_t> out(stride * static_cast<size_t>(end - begin) + 10, 0xabcd);
         kernels.dequantise({format, codes.data(), scales.data(), k_size, begin, end, 0,
                             reinterpret_cast<std::byte*>(out.data() + 5),
-                            static_cast<int64_t>(stride) * 2});
+                            static_cast<int64_t>(stride) * 2, group});
         return out;
     }
     template <class Want>
@@ -141,6 +143,84 @@ void the_smallest_and_largest_products_round_once() {
     }
 }
 
+double half_value(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double size = exponent == 31 ? (fraction ? std::nan("") : HUGE_VAL)
+                        : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
+                                       : std::ldexp(fraction, -24);
+    return bits & 0x8000 ? -size : size;
+}
+
+// The fp16 number nearest to an exact value, ties to even: rint does that at the value's last bit.
+double rounded_to_half(double exact) {
+    if (std::isnan(exact) || std::isinf(exact) || exact == 0) return exact;
+    int exponent;
+    std::frexp(exact, &exponent);
+    const int last = std::max(exponent - 11, -24);
+    const double rounded = std::ldexp(std::rint(std::ldexp(exact, -last)), last);
+    return std::fabs(rounded) > 65504 ? std::copysign(HUGE_VAL, exact) : rounded;
+}
+
+// Row n has scales 4 n ... 4 n + 3 of all 65536 bf16 or fp16: NaN, infinities and subnormals too. A
+// group has all sixteen codes twice, at other places in each.
+void every_int4_code_under_every_scale_of(bool in_half) {
+    const int64_t groups = 4;
+    const WeightFormat format = in_half ? WeightFormat::kInt4GroupF16 : WeightFormat::kInt4Group;
+    Matrix m{format, 65536 / groups, groups * 32, {}, {}, 32};
+    std::mt19937 rng(3);
+    for (uint32_t bits = 0; bits < 65536; ++bits) {
+        m.scales.push_back(static_cast<std::byte>(bits & 255));
+        m.scales.push_back(static_cast<std::byte>(bits >> 8));
+        for (uint32_t i = 0, at = rng() % 16; i < 16; ++i)
+            m.codes.push_back(static_cast<std::byte>((i + at) % 16 | (i * 7 + at) % 16 << 4));
+    }
+    const auto want = [&](int64_t n, int64_t k) {
+        const auto byte = static_cast<uint32_t>(m.codes[static_cast<size_t>(n * 64 + k / 2)]);
+        const auto code = static_cast<int>(k % 2 ? byte >> 4 : byte & 15);
+        const auto bits = static_cast<uint16_t>(n * groups + k / 32);
+        return in_half ? rounded_to_half((code - 8) * half_value(bits))
+                       : (code - 8) * value_of(bits);
+    };
+    for (const Kernels* kernels : all_kernels()) {
+        m.check(*kernels, 0, m.rows, want);
+        m.check(*kernels, 700, 701, want);
+    }
+}
+
+void every_int4_code_under_every_scale() {
+    every_int4_code_under_every_scale_of(false);
+    every_int4_code_under_every_scale_of(true);
+}
+
+void int4_groups_of(int64_t group, int64_t num_groups) {
+    Matrix m{WeightFormat::kInt4Group, 5, group * num_groups, {}, {}, group};
+    std::mt19937 rng(4);
+    for (int64_t i = 0; i < m.rows * m.k_size / 2; ++i)
+        m.codes.push_back(static_cast<std::byte>(rng() & 255));
+    for (int64_t i = 0; i < m.rows * num_groups; ++i) {
+        m.scales.push_back(static_cast<std::byte>(rng() & 255));
+        m.scales.push_back(static_cast<std::byte>(i % 3 ? 0x3c : 0xbb));  // 2^-8 to 2^-7, or less
+    }
+    const auto want = [&](int64_t n, int64_t k) {
+        const auto at = static_cast<size_t>(n * num_groups + k / group) * 2;
+        const auto bits =
+            static_cast<uint32_t>(m.scales[at]) | static_cast<uint32_t>(m.scales[at + 1]) << 8;
+        const auto byte =
+            static_cast<uint32_t>(m.codes[static_cast<size_t>(n * m.k_size / 2 + k / 2)]);
+        const auto code = static_cast<int>(k % 2 ? byte >> 4 : byte & 15);
+        return (code - 8) * value_of(static_cast<uint16_t>(bits));
+    };
+    for (const Kernels* kernels : all_kernels()) m.check(*kernels, 1, 4, want);
+}
+
+void int4_groups_of_all_sizes() {
+    int4_groups_of(32, 3);
+    int4_groups_of(64, 2);
+    int4_groups_of(96, 2);
+    int4_groups_of(128, 3);
+    int4_groups_of(768, 1);  // a scale per row
+}
+
 void only_bf16_kernels_unpack() {
     CHECK(all_kernels().size() >= 2);  // the plain ones and AMX in emulation
     for (const Kernels* kernels : all_kernels()) CHECK(kernels->dequantise != nullptr);
@@ -154,5 +234,7 @@ int main() {
     RUN(every_mxfp4_code_under_every_scale);
     RUN(every_fp8_code_in_blocks_of_all_sizes);
     RUN(the_smallest_and_largest_products_round_once);
+    RUN(every_int4_code_under_every_scale);
+    RUN(int4_groups_of_all_sizes);
     RUN(only_bf16_kernels_unpack);
 }

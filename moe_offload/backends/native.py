@@ -16,14 +16,18 @@ from torch import Tensor
 
 from moe_offload import _core
 from moe_offload.activations import Activation, recognise, unsupported
-from moe_offload.quantization import FP8_BLOCK, MXFP4_GROUP, SCALES, format_of
+from moe_offload.quantization import FP8_BLOCK, INT4_PER_WORD, MXFP4_GROUP, SCALES, format_of
 
 if TYPE_CHECKING:
     from moe_offload.pager import ExpertPool
     from moe_offload.pages import PageLayout
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-FORMATS = ("plain", "mxfp4", "fp8_block")
+FORMATS = ("plain", "mxfp4", "fp8_block", "int4_group")
+_FORMATS_BY_SCALES = {
+    ("fp8_block", torch.bfloat16): "fp8_block_bf16",
+    ("int4_group", torch.float16): "int4_group_f16",
+}
 _FLOATS = tuple(DTYPES)
 
 
@@ -42,6 +46,8 @@ class Native:
             return unsupported(module, [section.dtype for section in layout.sections], DTYPES)
         if form not in FORMATS:
             return f"it has no kernels for {form} weights"
+        if form == "int4_group" and (reason := _bad_groups(layout)) is not None:
+            return reason
         biases = [s.dtype for s in layout.sections if s.name.endswith("_bias")]
         return unsupported(module, [torch.bfloat16, *biases], DTYPES)
 
@@ -51,8 +57,7 @@ class Native:
         form, down = weight_format(layout), layout.section("down_proj")
         transposed = module.is_transposed and form == "plain"  # codes are always [N, K]
         hidden, inner = down.shape[::-1] if transposed else (down.shape[0], down.shape[1])
-        if form == "mxfp4":
-            inner *= MXFP4_GROUP
+        inner *= {"mxfp4": MXFP4_GROUP, "int4_group": INT4_PER_WORD}.get(form, 1)
         return BoundLayer(
             activation,
             hidden=hidden,
@@ -68,6 +73,23 @@ class Native:
 def weight_format(layout: PageLayout) -> str:
     """How the pages hold weights: of `quantization.FORMATS`."""
     return format_of(layout.section("down_proj").dtype)
+
+
+def _bad_groups(layout: PageLayout) -> str | None:
+    """Why the kernels cannot read int4 pages with these scales; None when they can."""
+    dtypes = set()
+    for section in layout.sections:
+        if section.dtype != torch.int32:
+            continue
+        scales = layout.section(section.name + SCALES)
+        columns, groups = section.shape[-1] * INT4_PER_WORD, scales.shape[-1]
+        if columns % groups or columns // groups % 32:
+            return f"its int4 groups must be multiples of 32, got {columns} / {groups} columns"
+        dtypes.add(scales.dtype)
+    if dtypes not in ({torch.bfloat16}, {torch.float16}):
+        got = " and ".join(sorted(map(str, dtypes)))
+        return f"its int4 scales must be bfloat16, or all float16, got {got}"
+    return None
 
 
 class BoundLayer:
@@ -146,7 +168,7 @@ class BoundLayer:
         )
 
     def _scales(self, tensors: Mapping[str, Tensor], first: str) -> dict[str, Any]:
-        """The format and the scales of quantised matrices as `FfnWeights` takes them."""
+        """Format, scales and groups of quantised matrices as `FfnWeights` takes them."""
         if self._format == "plain":
             return {}
         scales, down = tensors[first + SCALES], tensors["down_proj" + SCALES]
@@ -157,9 +179,15 @@ class BoundLayer:
             gate, up = scales[:, :blocks], scales[:, blocks:]
         else:
             gate, up = self._halves(scales)
-        in_bf16 = self._format == "fp8_block" and down.dtype == torch.bfloat16
+        groups = {}
+        if self._format == "int4_group":
+            groups = {
+                "up_group": self.hidden // scales.shape[-1],
+                "down_group": self.inner // down.shape[-1],
+            }
         return {
-            "format": "fp8_block_bf16" if in_bf16 else self._format,
+            **groups,
+            "format": _FORMATS_BY_SCALES.get((self._format, down.dtype), self._format),
             "up_scales": _view(up)[:2],
             "down_scales": _view(down)[:2],
             "gate_scales": _view(gate)[:2] if gate is not None else None,

@@ -4,7 +4,7 @@
 // that stays in its L2 (panel.h) and runs the same kernels there. A row of bf16 is what the
 // dequantised matrix holds, bit for bit: code times scale rounded once to bf16, which for mxfp4's
 // powers of two is exact. So a quantised page gives the bits of a dequantised one, and memory and
-// disk move a half (fp8) or a quarter (mxfp4) of its bytes.
+// disk move a half (fp8) or a quarter (mxfp4, int4) of its bytes.
 //
 //   mxfp4      A code is four bits, so its value under scale byte s is one of sixteen bf16: the
 //   bits
@@ -13,6 +13,9 @@
 //   fp8 block  128 columns of up to 128 rows share a scale, so there are 128 magnitudes: they are
 //              multiplied and rounded once per block row, and each code is a look-up. AVX2, which
 //              has no look-up of that size, converts by way of fp16.
+//   int4       A group of columns shares a scale, so its sixteen numbers -8 s ... 7 s are
+//              multiplied (exactly, in fp32) and rounded once per group, and a code is a look-up.
+//              Under fp16 scales they are rounded to fp16 first, as who dequantises does.
 //
 // Layouts and worked example: moe_offload/quantization.py. Scale byte 255 of mxfp4 is NaN.
 #pragma once
@@ -69,6 +72,28 @@ struct E4m3 {
 };
 constexpr E4m3 kE4m3;
 
+alignas(64) constexpr float kInt4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+template <class Scale>
+constexpr bool kInHalf = false;
+template <>
+constexpr bool kInHalf<F16> = true;
+
+// `count` numbers of one int4 group, a multiple of 32. Scale: BF16 or F16, the type of its scale.
+template <class L, class Scale>
+struct Int4 {
+    static void run(const uint8_t* codes, int64_t count, float scale, BF16* to) {
+        using V = PortableLanes<L::kWidth>;
+        BF16 values[16];
+        for (int i = 0; i < 16; i += L::kWidth)
+            V::store(values + i, round_to<V, Scale>(V::load(kInt4 + i) * scale));
+        for (int64_t i = 0; i < count / 2; ++i) {
+            to[2 * i] = values[codes[i] & 15];
+            to[2 * i + 1] = values[codes[i] >> 4];
+        }
+    }
+};
+
 // The magnitudes of one block: all codes times its scale.
 template <class L>
 inline void fp8_table(float scale, BF16* table) {
@@ -88,15 +113,26 @@ struct Fp8 {
 };
 
 #if defined(__AVX2__)
+// The 32 codes of 16 bytes, a byte each.
+inline __m256i nibbles(const uint8_t* codes) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m128i nibble = _mm_set1_epi8(15);
+    const __m128i even = _mm_and_si128(packed, nibble);
+    const __m128i odd = _mm_and_si128(_mm_srli_epi16(packed, 4), nibble);
+    return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+}
+
+// Words 0-7 and 16-23, 8-15 and 24-31, in order.
+inline void store_words(BF16* to, __m256i a, __m256i b) {
+    __m256i* out = reinterpret_cast<__m256i*>(to);
+    _mm256_storeu_si256(out, _mm256_permute2x128_si256(a, b, 0x20));
+    _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(a, b, 0x31));
+}
+
 template <>
 struct Mxfp4<Avx2Lanes> {
     static void group(const uint8_t* codes, uint8_t scale, BF16* to) {
-        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-        const __m128i nibble = _mm_set1_epi8(15);
-        const __m128i even = _mm_and_si128(packed, nibble);
-        const __m128i odd = _mm_and_si128(_mm_srli_epi16(packed, 4), nibble);
-        const __m256i code =
-            _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+        const __m256i code = nibbles(codes);
         // Bytes of kE2m1, low and high.
         const __m256i low_bytes = _mm256_broadcastsi128_si256(
             _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
@@ -110,11 +146,42 @@ struct Mxfp4<Avx2Lanes> {
             const __m256i zero = _mm256_cmpeq_epi16(magnitude, _mm256_setzero_si256());
             return _mm256_add_epi16(value, _mm256_andnot_si256(zero, shift));
         };
-        const __m256i a = scaled(_mm256_unpacklo_epi8(low, high));  // numbers 0-7, 16-23
-        const __m256i b = scaled(_mm256_unpackhi_epi8(low, high));  // 8-15, 24-31
-        __m256i* out = reinterpret_cast<__m256i*>(to);
-        _mm256_storeu_si256(out, _mm256_permute2x128_si256(a, b, 0x20));
-        _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(a, b, 0x31));
+        store_words(to, scaled(_mm256_unpacklo_epi8(low, high)),
+                    scaled(_mm256_unpackhi_epi8(low, high)));
+    }
+};
+
+template <class Scale>
+struct Int4<Avx2Lanes, Scale> {
+    static void run(const uint8_t* codes, int64_t count, float scale, BF16* to) {
+        const auto rounded = [scale](const float* eight) {
+            __m256 product = _mm256_load_ps(eight) * _mm256_set1_ps(scale);
+            if constexpr (kInHalf<Scale>) {
+                product = _mm256_cvtph_ps(_mm256_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
+                // Rounding could carry out of NaN's fraction; that of a bf16 scale has no such
+                // bits.
+                const __m256 nan = _mm256_cmp_ps(product, product, _CMP_UNORD_Q);
+                product = _mm256_blendv_ps(product, _mm256_set1_ps(__builtin_nanf("")), nan);
+            }
+            const __m256i u = _mm256_castps_si256(product);
+            const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+            const __m256i sum = _mm256_add_epi32(u, _mm256_set1_epi32(0x7fff));
+            return _mm256_srli_epi32(_mm256_add_epi32(sum, odd), 16);
+        };
+        const __m256i words =
+            _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(kInt4), rounded(kInt4 + 8)), 0xd8);
+        const __m256i bytes = _mm256_permute4x64_epi64(
+            _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xff)),
+                                _mm256_srli_epi16(words, 8)),
+            0xd8);  // the sixteen lower ones, then the upper ones
+        const __m256i low_bytes = _mm256_permute2x128_si256(bytes, bytes, 0x00);
+        const __m256i high_bytes = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+        for (int64_t i = 0; i < count; i += 32) {
+            const __m256i code = nibbles(codes + i / 2);
+            const __m256i low = _mm256_shuffle_epi8(low_bytes, code);
+            const __m256i high = _mm256_shuffle_epi8(high_bytes, code);
+            store_words(to + i, _mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+        }
     }
 };
 
@@ -151,20 +218,43 @@ struct Fp8<Avx2Lanes> {
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
+// The 32 codes of 16 bytes look up a number each. Bit 4 of an index is of no matter: both halves of
+// the table are the same sixteen.
+inline __m512i look_up_nibbles(const uint8_t* codes, __m256i sixteen) {
+    const __m512i byte =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    // Word 2 i gets a byte's lower nibble, word 2 i + 1 its upper one.
+    const __m512i code = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12));
+    return _mm512_permutexvar_epi16(code, _mm512_broadcast_i64x4(sixteen));
+}
+
 template <>
 struct Mxfp4<Avx512Lanes> {
     static void group(const uint8_t* codes, uint8_t scale, BF16* to) {
-        // Both halves of the table are kE2m1, so bit 4 of an index is of no matter.
-        const __m512i table =
-            _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(kE2m1)));
-        const __m512i byte =
-            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-        // Word 2 i gets a byte's lower nibble, word 2 i + 1 its upper one.
-        const __m512i code = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12));
-        const __m512i value = _mm512_permutexvar_epi16(code, table);
+        const __m512i value =
+            look_up_nibbles(codes, _mm256_load_si256(reinterpret_cast<const __m256i*>(kE2m1)));
         const __mmask32 nonzero = _mm512_test_epi16_mask(value, _mm512_set1_epi16(0x7fff));
         const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>((scale - 127) * 128));
         _mm512_storeu_si512(to, _mm512_mask_add_epi16(value, nonzero, value, shift));
+    }
+};
+
+template <class Scale>
+struct Int4<Avx512Lanes, Scale> {
+    static void run(const uint8_t* codes, int64_t count, float scale, BF16* to) {
+        // Rounded by integers, as on AVX2: VCVTNEPS2BF16 would flush what is tiny.
+        __m512 product = _mm512_load_ps(kInt4) * _mm512_set1_ps(scale);
+        if constexpr (kInHalf<Scale>) {
+            product = _mm512_cvtph_ps(_mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
+            const __mmask16 nan = _mm512_cmp_ps_mask(product, product, _CMP_UNORD_Q);
+            product = _mm512_mask_mov_ps(product, nan, _mm512_set1_ps(__builtin_nanf("")));
+        }
+        const __m512i u = _mm512_castps_si512(product);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+        const __m256i values = _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+        for (int64_t i = 0; i < count; i += 32)
+            _mm512_storeu_si512(to + i, look_up_nibbles(codes + i / 2, values));
     }
 };
 
@@ -217,6 +307,21 @@ void dequantise_mxfp4(const DequantiseArgs& a) {
     }
 }
 
+// Scale: type of a scale, BF16 or F16.
+template <class L, class Scale>
+void dequantise_int4(const DequantiseArgs& a) {
+    const int64_t groups = a.k_size / a.group, row_bytes = a.k_size / 2;
+    for (int64_t n = a.begin; n < a.end; ++n) {
+        const auto* codes = reinterpret_cast<const uint8_t*>(a.codes) + n * row_bytes;
+        const auto* scales = reinterpret_cast<const Scale*>(a.scales) + n * groups;
+        auto* to = reinterpret_cast<BF16*>(a.to + (n - a.begin) * a.to_stride);
+        if (a.prefetch) prefetch_row(codes + a.prefetch, row_bytes);
+        for (int64_t g = 0; g < groups; ++g)
+            Int4<L, Scale>::run(codes + g * a.group / 2, a.group, widen(scales[g]),
+                                to + g * a.group);
+    }
+}
+
 // Scale: type of a scale, float or BF16.
 template <class L, class Scale>
 void dequantise_fp8(const DequantiseArgs& a) {
@@ -252,6 +357,8 @@ void dequantise_fp8(const DequantiseArgs& a) {
 template <class L>
 void dequantise(const DequantiseArgs& a) {
     if (a.format == WeightFormat::kMxfp4) return dequantise_mxfp4<L>(a);
+    if (a.format == WeightFormat::kInt4Group) return dequantise_int4<L, BF16>(a);
+    if (a.format == WeightFormat::kInt4GroupF16) return dequantise_int4<L, F16>(a);
     if (a.format == WeightFormat::kFp8Block) return dequantise_fp8<L, float>(a);
     dequantise_fp8<L, BF16>(a);
 }

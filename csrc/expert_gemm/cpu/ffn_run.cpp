@@ -39,6 +39,13 @@ void wait_for_zero(const std::atomic<int32_t>& left) {
         if (spins > 100) std::this_thread::yield();
 }
 
+void check_groups(const WeightView& matrix, int64_t columns) {
+    if (matrix.group < 32 || matrix.group % 32 || columns % matrix.group)
+        throw std::invalid_argument(
+            "FfnRun: int4_group needs groups in multiples of 32 that divide " +
+            std::to_string(columns) + " columns, got " + std::to_string(matrix.group));
+}
+
 void check_strides(const FfnWeights& weights, const FfnShape& shape) {
     const auto item = static_cast<int64_t>(item_size(shape.dtype));
     const bool gated = shape.activation.gated;
@@ -58,6 +65,11 @@ void check_strides(const FfnWeights& weights, const FfnShape& shape) {
     }
     if (weights.format == WeightFormat::kMxfp4 && (shape.hidden % 32 || shape.inner % 32))
         throw std::invalid_argument("FfnRun: mxfp4 needs sizes in multiples of 32");
+    if (is_int4(weights.format)) {
+        check_groups(weights.up, shape.hidden);
+        check_groups(weights.down, shape.inner);
+        if (gated) check_groups(weights.gate, shape.hidden);
+    }
     const int64_t up_bytes = code_row_bytes(weights.format, shape.hidden);
     if (!weights.up.scales || !weights.down.scales || (gated && !weights.gate.scales) ||
         weights.up.row_stride != (alternating ? 2 : 1) * up_bytes ||

@@ -64,6 +64,7 @@ struct DequantiseArgs {
     int64_t prefetch;    // so many bytes of codes further on are fetched into L2; 0: none
     std::byte* to;       // rows of bf16
     int64_t to_stride;   // bytes
+    int64_t group = 0;   // of int4_group: columns that share a scale
 };
 
 struct Kernels {

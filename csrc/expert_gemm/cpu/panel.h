@@ -12,9 +12,13 @@ namespace moe_offload {
 // Rows of a quantised one: few enough for the L2, enough to pay for the tables of fp8 blocks.
 constexpr int64_t kPanelRows = 32;
 
+inline bool is_int4(WeightFormat format) {
+    return format == WeightFormat::kInt4Group || format == WeightFormat::kInt4GroupF16;
+}
+
 // Bytes of one row of codes.
 inline int64_t code_row_bytes(WeightFormat format, int64_t k_size) {
-    return format == WeightFormat::kMxfp4 ? k_size / 2 : k_size;
+    return format == WeightFormat::kMxfp4 || is_int4(format) ? k_size / 2 : k_size;
 }
 
 inline bool is_transposed(const WeightView& view, WeightFormat format, int64_t item) {
@@ -55,7 +59,8 @@ struct Panel {
                               k_size, count * item, to, stride);
         else
             kernels.dequantise({format, matrix.slot(slot), matrix.slot_scales(slot), k_size, begin,
-                                end, count * code_row_bytes(format, k_size), to, stride});
+                                end, count * code_row_bytes(format, k_size), to, stride,
+                                matrix.group});
         return to - begin * stride;
     }
 
