@@ -168,11 +168,11 @@ class Offloader:
         stall_seconds, overlap_seconds, device_budget_bytes, total_expert_bytes, num_slots,
         num_pages, resident_pages, policy, lossy (what changes tokens; None: nothing does),
         expert_backend (several names when layers differ), weight_format of the pages ("plain",
-        "mxfp4", "fp8_block"), io_mode, io_engine, io_fallback, files_deleted, and per_layer: the
-        same for each layer, with its expert_backend, in passed_over why no faster one computes it
-        (None: the fastest does), and in dequantised why pages of a quantised checkpoint are not
-        quantised (None: they are, or it is not). predictor is None
-        without one; else its recall, time, and what it saved and wasted. On a GPU also, since
+        "mxfp4", "fp8_block", "int4_group"), io_mode, io_engine, io_fallback, files_deleted, and
+        per_layer: the same for each layer, with its expert_backend, in passed_over why no faster
+        one computes it (None: the fastest does), and in dequantised why pages of a quantised
+        checkpoint are not quantised (None: they are, or it is not). predictor is None without one;
+        else its recall, time, and what it saved and wasted. On a GPU also, since
         construction: copied_bytes, num_copies, staged_bytes (not pinned, hence slow),
         pinned_bytes, pinning (1 while that goes on), pinning_limit (why not more), and for files
         host_bytes, host_hits, host_misses, host_evictions of the host tier.

@@ -65,7 +65,7 @@ class Plan:
         kv_cache_bytes_per_token: per token and sequence, None when it could not be measured.
         context_length: positions the model has, None if the config is silent.
         lossy: what changes the tokens of a live model, see `Offloader.lossy`.
-        weight_format: how pages hold weights: "plain", "mxfp4" or "fp8_block".
+        weight_format: how pages hold weights: "plain", "mxfp4", "fp8_block" or "int4_group".
     """
 
     model: str
@@ -249,14 +249,20 @@ def _live_facts(model: nn.Module) -> _Facts:
 def _checkpoint_facts(path_or_id: str | os.PathLike[str]) -> _Facts:
     from moe_offload.huggingface.adapters import find_expert_layers
     from moe_offload.huggingface.loading import _check_location, _model_class, _model_config
-    from moe_offload.huggingface.quantised import dequantising_config
+    from moe_offload.huggingface.packed_int4 import PackedCheckpoint, plain_config
+    from moe_offload.huggingface.quantised import dequantising_config, packing_of
 
     path = os.fspath(path_or_id)
     _check_location(path, {})
     config = _model_config(path, {})
     model_class = _model_class(path, config)
+    packing = packing_of(config, path)
+    if packing is not None:
+        config = plain_config(config)
     quantization = dequantising_config(config, path)
     checkpoint = _open_checkpoint(path)
+    if checkpoint is not None and packing is not None:
+        checkpoint = PackedCheckpoint(checkpoint, packing)
     if config.dtype is None:  # as transformers: then the first floating tensor decides
         dtypes = [t.dtype for t in checkpoint.tensors.values()] if checkpoint else []
         config.dtype = next((d for d in dtypes if d.is_floating_point), torch.float32)
@@ -304,6 +310,7 @@ def _expert_files(
     from transformers.quantizers.auto import AutoHfQuantizer
 
     from moe_offload.huggingface.checkpoint import CheckpointExperts
+    from moe_offload.huggingface.packed_int4 import PackedCheckpoint
     from moe_offload.huggingface.quantised import (
         allow_partial_blocks,
         check_scales,
@@ -320,10 +327,11 @@ def _expert_files(
     experts = CheckpointExperts(checkpoint, layers, model, mapping, cast=quantizer is None)
     everything = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     dense = sum(tensor.nbytes for tensor in experts.dense.values())
-    if quantizer is not None:
+    if quantizer is not None or isinstance(checkpoint, PackedCheckpoint):
         found = quantised_pages(experts, OffloadConfig())
         if not isinstance(found, str):
-            return "files", everything - dense, found.layers
+            how: Source = "files" if found.verbatim else "converted files"
+            return how, everything - dense, found.layers
     verbatim = isinstance(experts.pages(), FilePages)
     return "files" if verbatim else "converted files", everything - dense, layers
 

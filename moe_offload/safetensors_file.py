@@ -297,7 +297,10 @@ class Checkpoint:
         Raises:
             PageReadError: the read failed, or the file changed since it was opened.
         """
-        tensor = self.tensors[name]
+        return self.read_range(self.tensors[name], name, row)
+
+    def read_range(self, tensor: TensorRange, name: str, row: int | None = None) -> Tensor:
+        """As `read`, of any range in the checkpoint's files; `name` is for messages."""
         offset, nbytes, shape = tensor.offset, tensor.nbytes, tensor.shape
         if row is not None:
             nbytes //= shape[0]

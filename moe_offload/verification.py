@@ -235,7 +235,7 @@ def _load_resident(attachment: Any) -> Any:
             f"{format_bytes(available)} are available. Pass reference=..., or verify a smaller "
             "checkpoint of the same family."
         )
-    resident = origin.model_class.from_pretrained(origin.path, **origin.kwargs).eval()
+    resident = origin.load_resident()
     to_aligned_memory(resident)
     return resident
 

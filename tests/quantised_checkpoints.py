@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moe_offload import quantization
 
+MIXTRAL = (".w1.weight", ".w2.weight", ".w3.weight")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
 
 
@@ -75,6 +76,97 @@ def fp8(
     return model
 
 
+def int4(
+    folder: Path,
+    family: str = "qwen3_moe",
+    group: int | None = 32,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    keep: tuple[str, ...] = ("lm_head", "mlp.gate"),
+    fused: bool = False,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """compressed-tensors' W4A16: `_packed` [N, K / 8], `_scale` [N, K / group] and `_shape`.
+
+    Every projection but those whose name contains one of `keep` and those too narrow for a group.
+    group: None for whole rows, strategy "channel". fused: all experts of a layer in one tensor.
+    """
+    model = tiny_model(family, torch.bfloat16, **{**SIZES, **overrides})
+    model.save_pretrained(folder)
+    tensors, kept = {}, []
+    found = fused_experts(read(folder)) if fused else read(folder)
+    for key, tensor in found.items():
+        matrix = tensor.dim() >= 2 and ("proj" in key or key.endswith(MIXTRAL))
+        columns = tensor.shape[-1]
+        if not matrix or any(name in key for name in keep) or columns % (group or 8):
+            tensors[key] = tensor
+            if tensor.dim() >= 2:
+                kept.append(key.removesuffix(".weight"))
+            continue
+        tensors |= packed(key, tensor, group or columns, scale_dtype)
+    write(folder, tensors, w4a16(group, kept))
+    return model
+
+
+def packed(key: str, tensor: Tensor, group: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The nearest int4 matrix under compressed-tensors' names; any group that divides the row."""
+    groups = tensor.float().unflatten(-1, (-1, group))
+    scales = (groups.abs().amax(-1) / 7.5).to(dtype)
+    codes = (groups / scales.float()[..., None]).round().clamp(-8, 7).flatten(-2).int() + 8
+    words = codes.unflatten(-1, (-1, 8))
+    word = words[..., 0].clone()
+    for place in range(1, 8):
+        word |= words[..., place] << (4 * place)  # the last one reaches the sign
+    shape = torch.tensor(tensor.shape, dtype=torch.int64)
+    return {f"{key}_packed": word, f"{key}_scale": scales, f"{key}_shape": shape}
+
+
+def w4a16(group: int | None, ignore: list[str]) -> dict[str, Any]:
+    """The quantization_config that llm-compressor writes for its W4A16 presets."""
+    weights = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": group,
+        "num_bits": 4,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "strategy": "channel" if group is None else "group",
+        "symmetric": True,
+        "type": "int",
+    }
+    scheme = {"input_activations": None, "output_activations": None, "targets": ["Linear"]}
+    return {
+        "config_groups": {"group_0": {**scheme, "weights": weights}},
+        "format": "pack-quantized",
+        "global_compression_ratio": None,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.11.0",
+    }
+
+
+def fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Per-expert projections as gate_up_proj [E, 2F, H] and down_proj [E, H, F] of each layer."""
+    out, parts = {}, {}
+    for key, tensor in tensors.items():
+        if ".experts." not in key:
+            out[key] = tensor
+            continue
+        layer, _, rest = key.partition(".experts.")
+        expert, name, _ = rest.split(".")
+        parts.setdefault(layer, {})[int(expert), name] = tensor
+    for layer, found in parts.items():
+        ids = sorted({expert for expert, _ in found})
+        gate_up = [torch.cat([found[e, "gate_proj"], found[e, "up_proj"]]) for e in ids]
+        out[f"{layer}.experts.gate_up_proj"] = torch.stack(gate_up)
+        out[f"{layer}.experts.down_proj"] = torch.stack([found[e, "down_proj"] for e in ids])
+    return out
+
+
 def dequantise(folder: Path, to: Path) -> Path:
     """The same checkpoint in bfloat16, by the formats' definition: independent of any loader."""
     tensors = read(folder)
@@ -87,7 +179,11 @@ def dequantise(folder: Path, to: Path) -> Path:
         elif f"{key}_scale_inv" in tensors:
             scales = tensors[f"{key}_scale_inv"].float()
             out[key] = quantization.dequantise_fp8_block(tensor, scales, torch.bfloat16)
-        elif not key.endswith(("_scales", "_scale_inv")):
+        elif key.endswith("_packed"):
+            name = key.removesuffix("_packed")
+            wide = quantization.dequantise_int4_group(tensor, tensors[f"{name}_scale"])
+            out[name] = wide.bfloat16()
+        elif not key.endswith(("_scales", "_scale_inv", "_scale", "_shape")):
             out[key] = tensor
     to.mkdir()
     save_file(out, to / "model.safetensors", metadata={"format": "pt"})

@@ -22,8 +22,9 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _RESTORE = "call moe_offload.get_offloader(model).restore() first"
 _QUANTISED = (
-    "Quantised experts of a live model cannot be paged: load mxfp4 and fp8 checkpoints with "
-    "moe_offload.from_pretrained, others dequantised (quantization_config with dequantize=True)."
+    "Quantised experts of a live model cannot be paged: load mxfp4, fp8 and int4 checkpoints "
+    "with moe_offload.from_pretrained, others dequantised (quantization_config with "
+    "dequantize=True)."
 )
 
 

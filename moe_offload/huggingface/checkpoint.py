@@ -29,6 +29,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.expert_layer import ExpertLayer
+from moe_offload.huggingface.packed_int4 import PackedMatrix
 from moe_offload.safetensors_file import Checkpoint, TensorRange
 from moe_offload.sources import CallbackPages, FilePages, Piece
 
@@ -287,6 +288,8 @@ class CheckpointExperts:
             whole = tensors[key]
             if whole.shape != (self.layers[layer].num_experts, *shape):
                 return None
+            if isinstance(whole, PackedMatrix):  # there are no bytes of its dtype
+                return None
             nbytes = whole.nbytes // whole.shape[0]
             offset = whole.offset + expert * nbytes
             return [TensorRange(whole.path, whole.dtype_name, shape, offset, nbytes)]
@@ -299,7 +302,7 @@ class CheckpointExperts:
             return None
         if any(len(r.shape) != len(shape) or r.shape[1:] != shape[1:] for r in ranges):
             return None
-        return ranges
+        return None if any(isinstance(r, PackedMatrix) for r in ranges) else ranges
 
     def _make(self, layer: int, expert: int, on_meta: bool) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ and a pager over the checkpoint's files serves the experts. Nothing global is pa
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ from moe_offload.expert_layer import ExpertLayer
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
 from moe_offload.huggingface.attach import Attachment
 from moe_offload.huggingface.checkpoint import CheckpointExperts
+from moe_offload.huggingface.packed_int4 import PackedCheckpoint, Packing, plain_config
 from moe_offload.huggingface.quantised import (
     QuantisedPages,
     allow_partial_blocks,
     check_scales,
     load_options,
+    packing_of,
     quantised_pages,
     save_dequantised,
 )
@@ -49,6 +51,16 @@ class Origin:
     model_class: type[PreTrainedModel]
     path: str
     kwargs: dict[str, Any]
+    packing: Packing | None = None
+
+    def load_resident(self) -> PreTrainedModel:
+        """The model with all its experts in memory, loaded by transformers."""
+        if self.packing is None:
+            return self.model_class.from_pretrained(self.path, **self.kwargs).eval()
+        loader = _loader_class(self.model_class, _Capture(self.path, self.packing, paged=False))
+        model = loader.from_pretrained(self.path, **self.kwargs)
+        model.__class__ = self.model_class
+        return model.eval()
 
 
 def from_pretrained(
@@ -94,9 +106,14 @@ def from_pretrained(
     if model_class is None:
         model_class = _model_class(path, model_config)
     told = "quantization_config" in options
-    options |= load_options(model_config, path, options)
+    packing = packing_of(model_config, path)
+    options |= (
+        load_options(model_config, path, options)
+        if packing is None
+        else _plain_options(model_config, path, options)
+    )
     want_info = options.pop("output_loading_info", False)
-    capture = _Capture(path)
+    capture = _Capture(path, packing)
     loader = _loader_class(model_class, capture)
     model, info = loader.from_pretrained(
         path,
@@ -108,9 +125,11 @@ def from_pretrained(
     _check_loading_info(path, info, options.get("ignore_mismatched_sizes", False))
     experts = capture.experts
     assert experts is not None, "the loader did not reach _load_pretrained_model"
+    _check_unused_biases(experts.checkpoint, info["unexpected_keys"])
     layers, pages = experts.layers, None
     if "quantization_config" in options:
         save_dequantised(model)
+    if "quantization_config" in options or packing is not None:
         found: QuantisedPages | str = "quantization_config was given to from_pretrained"
         found = found if told else quantised_pages(experts, config)
         if isinstance(found, str):
@@ -120,7 +139,7 @@ def from_pretrained(
     attachment = Attachment(
         model, layers, experts.load_layer, before_restore=_memory_check(experts)
     )
-    attachment.origin = Origin(model_class, path, {"dtype": dtype, **options})
+    attachment.origin = Origin(model_class, path, {"dtype": dtype, **options}, packing)
     offloader = attachment.start(pages or experts.pages(), config)
     try:
         attachment.move_rest()
@@ -190,24 +209,52 @@ def _model_class(path: str, config: Any) -> type[PreTrainedModel]:
         ) from None
 
 
+def _plain_options(config: Any, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with which transformers loads a packed checkpoint as one that is not quantised.
+
+    It gets a config object; options that are fields of it are moved there, as it would do itself.
+    """
+    if "quantization_config" in options:
+        raise UnsupportedModelError(
+            f"{path} holds packed integers, which moe_offload reads itself; leave "
+            "quantization_config out."
+        )
+    config = plain_config(config)
+    for name in [name for name in options if name != "config" and hasattr(config, name)]:
+        setattr(config, name, options.pop(name))
+    return {"config": config}
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Capture:
-    """What the loader class learns while transformers loads: the experts' place in the files."""
+    """What the loader class learns while transformers loads: the experts' place in the files.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    Args:
+        path: for messages.
+        packing: of a checkpoint of packed integers.
+        paged: False loads the experts too.
+    """
+
+    def __init__(self, path: str, packing: Packing | None, paged: bool = True) -> None:
+        self.path, self.packing, self.paged = path, packing, paged
         self.experts: CheckpointExperts | None = None
+
+    def open(self, files: list[str]) -> Checkpoint:
+        """The checkpoint in these files, as transformers shall see it."""
+        found = Checkpoint.from_files(files, self.path)
+        return found if self.packing is None else PackedCheckpoint(found, self.packing)
 
 
 def _loader_class(cls: type[PreTrainedModel], capture: _Capture) -> type[PreTrainedModel]:
-    """A subclass of the same name that loads everything but the experts."""
+    """A subclass of the same name that loads everything but the experts, unless told to."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
-        _strip_experts(find_expert_layers(self))  # before device maps and sizes are computed
+        if capture.paged:
+            _strip_experts(find_expert_layers(self))  # before device maps and sizes are computed
 
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kw: Any
@@ -216,22 +263,26 @@ def _loader_class(cls: type[PreTrainedModel], capture: _Capture) -> type[PreTrai
             raise CheckpointError(f"{capture.path}: expected safetensors files, got a state dict.")
         _refuse_files(checkpoint_files)
         _refuse_device_map(load_config.device_map)
+        checkpoint = capture.open(checkpoint_files)
+        if not capture.paged:
+            lazy = {name: _LazyTensor(checkpoint, name) for name in checkpoint.tensors}
+            return cls._load_pretrained_model(
+                model, lazy, checkpoint_files, load_config, *args, **kw
+            )
         layers = find_expert_layers(model)  # again: a quantiser may have replaced modules
         _strip_experts(layers)
         layers = _planned_dtypes(layers, load_config.dtype_plan or {})
         mapping = load_config.weight_mapping or []
         allow_partial_blocks(mapping)
-        files = Checkpoint.from_files(checkpoint_files, capture.path)
         if load_config.hf_quantizer is not None:
-            check_scales(files)
+            check_scales(checkpoint)
         capture.experts = CheckpointExperts(
-            files,
+            checkpoint,
             layers,
             model,
             mapping,
             cast=load_config.hf_quantizer is None,
         )
-        checkpoint = capture.experts.checkpoint
         dense = {name: _LazyTensor(checkpoint, name) for name in capture.experts.dense}
         return cls._load_pretrained_model(model, dense, checkpoint_files, load_config, *args, **kw)
 
@@ -326,6 +377,17 @@ def _check_loading_info(path: str, info: Mapping[str, Any], allow_mismatch: bool
             f"{path}: {name} must have shape {tuple(expected)}, the checkpoint has {tuple(found)}. "
             "Weights and config.json do not belong together."
         )
+
+
+def _check_unused_biases(checkpoint: Checkpoint, unexpected: Iterable[str]) -> None:
+    """AutoGPTQ gives each quantised layer a bias; where the model has none, it has to be zero."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        for key in unexpected:
+            if key.endswith(".bias") and bool(checkpoint.read(key).any()):
+                raise CheckpointError(
+                    f"{checkpoint.location}: {key} is not zero, and the model has no such bias. "
+                    "Weights and config.json do not belong together."
+                )
 
 
 def _memory_check(experts: CheckpointExperts) -> Any:

@@ -1,18 +1,19 @@
 """Quantised checkpoints: their experts paged as the files hold them, and when that cannot be.
 
 transformers dequantises an mxfp4 or fp8 checkpoint while it loads one (to bfloat16, exactly for
-mxfp4, with one rounding for fp8). That model is the resident twin. Its experts can be paged without
+mxfp4, with one rounding for fp8), and sees one of four-bit integers dequantised (`packed_int4.py`,
+one rounding). That model is the resident twin. Its experts can be paged without
 that step where a backend reads the codes: a page is then the checkpoint's codes and scales, section
 "down_proj" and section "down_proj_scales", a quarter or a half of the bytes from disk and in slots,
 and the kernels give the twin's bits. Elsewhere pages are dequantised one by one on their way in,
-and `stats()` says why. Everything that is not an expert is dequantised by transformers.
+and `stats()` says why. Everything that is not an expert is dequantised when it is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,16 +27,42 @@ from moe_offload.config import OffloadConfig
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.huggingface.adapters import experts_module
 from moe_offload.huggingface.checkpoint import CheckpointExperts, Recipe, stacks_rows
+from moe_offload.huggingface.compressed_tensors import CompressedTensors
+from moe_offload.huggingface.packed_int4 import PackedMatrix, Packing
 from moe_offload.pages import PageLayout
 from moe_offload.quantization import FP8_BLOCK, MXFP4_GROUP, SCALES, dequantise_fp8_block
 from moe_offload.safetensors_file import Checkpoint, TensorRange
-from moe_offload.sources import FilePages, Piece
+from moe_offload.sources import CallbackPages, FilePages, Piece
 
-METHODS = ("mxfp4", "fp8")
+METHODS = ("mxfp4", "fp8")  # which transformers dequantises
+PACKINGS = {"compressed-tensors": CompressedTensors}
+
+
+def _quantization(config: Any) -> tuple[str, dict[str, Any]] | None:
+    """Method and content of the quantization_config, of the model or of its text part."""
+    given = getattr(config, "quantization_config", None)
+    given = given or getattr(config.get_text_config(), "quantization_config", None)
+    if given is None:
+        return None
+    values = given if isinstance(given, dict) else given.to_dict()
+    method = values.get("quant_method")
+    return str(getattr(method, "value", method)).lower().replace("_", "-"), values
+
+
+def packing_of(config: Any, path: str) -> Packing | None:
+    """How a checkpoint of packed integers is packed, by its transformers config; None: it is none.
+
+    Raises:
+        UnsupportedModelError: a scheme of these methods that is not read.
+    """
+    method, values = _quantization(config) or ("", {})
+    return PACKINGS[method].of_config(values, path) if method in PACKINGS else None
 
 
 def dequantising_config(config: Any, path: str) -> Any:
     """The checkpoint's quantization_config, told to dequantise; None when it is not quantised.
+
+    For checkpoints without a `packing_of`.
 
     Args:
         config: the model's transformers config.
@@ -44,23 +71,19 @@ def dequantising_config(config: Any, path: str) -> Any:
     Raises:
         UnsupportedModelError: a method other than METHODS.
     """
-    text_config = config.get_text_config()
-    given = getattr(config, "quantization_config", None)
-    given = given or getattr(text_config, "quantization_config", None)
-    if given is None:
+    found = _quantization(config)
+    if found is None:
         return None
-    values = given if isinstance(given, dict) else given.to_dict()
-    method = values.get("quant_method")
-    method = str(getattr(method, "value", method)).lower()
+    method, values = found
     if method not in METHODS:
         raise UnsupportedModelError(
-            f"{path} is quantised by {method}; moe_offload reads {' and '.join(METHODS)} "
-            "(gpt-oss; DeepSeek-V3, Qwen3-FP8 and others with 128 x 128 blocks). Use such a "
-            "checkpoint of the model, or one in bfloat16."
+            f"{path} is quantised by {method}; moe_offload reads {', '.join(METHODS)} (gpt-oss; "
+            "DeepSeek-V3, Qwen3-FP8 and others with 128 x 128 blocks), and four bits of "
+            f"{' and '.join(PACKINGS)}. Use such a checkpoint of the model, or one in bfloat16."
         )
-    found = AutoQuantizationConfig.from_dict(dict(values))
-    found.dequantize = True
-    return found
+    told = AutoQuantizationConfig.from_dict(dict(values))
+    told.dequantize = True
+    return told
 
 
 class _AllBlocks(Fp8Dequantize):
@@ -141,6 +164,7 @@ class _Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     ranges: Callable[[int], list[TensorRange]]
+    load: Callable[[int], Tensor] | None = None  # where the file holds it otherwise
 
 
 class _AsDequantised(Exception):
@@ -165,8 +189,15 @@ class QuantisedPages:
             for layer, sections in zip(experts.layers, self._sections, strict=True)
         ]
 
-    def pages(self) -> FilePages:
-        """Byte ranges of every page."""
+    @property
+    def verbatim(self) -> bool:
+        """Do the files hold every section as pages do?"""
+        return all(s.load is None for sections in self._sections for s in sections.values())
+
+    def pages(self) -> FilePages | CallbackPages:
+        """Byte ranges of every page; else a function that makes one."""
+        if not self.verbatim:
+            return CallbackPages(self._make, self._experts.disk_bytes)
         files = FilePages()
         for index, layer in enumerate(self.layers):
             for expert in range(layer.num_experts):
@@ -178,6 +209,17 @@ class QuantisedPages:
                         position += r.nbytes
                 files.add(index, expert, pieces)
         return files
+
+    def _make(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """One page."""
+        files, made = self._experts.checkpoint, {}
+        for name, section in self._sections[layer].items():
+            if section.load is not None:
+                made[name] = section.load(expert)
+                continue
+            parts = [files.read_range(r, name).flatten() for r in section.ranges(expert)]
+            made[name] = torch.cat(parts).reshape(section.shape)
+        return made
 
 
 def quantised_pages(experts: CheckpointExperts, config: OffloadConfig) -> QuantisedPages | str:
@@ -204,12 +246,18 @@ def _stored_layer(experts: CheckpointExperts, index: int) -> dict[str, _Stored]:
             made = _mxfp4(experts, recipe, index, where)
         elif operations and isinstance(operations[0], Fp8Dequantize):
             made = _fp8(experts, recipe, where)
+        elif any(isinstance(found, PackedMatrix) for found in _sources(experts, recipe)):
+            made = _int4(experts, recipe, index, where)
         else:  # biases, and layers that modules_to_not_convert names
             made = {"": _plain(experts, recipe, index, name, shape, dtype)}
         if len(made) > 1 and dtype != torch.bfloat16:
             raise _AsDequantised(f"{where} shall be {dtype}; quantised pages mean bfloat16")
         sections |= {name + suffix: section for suffix, section in made.items()}
     return sections
+
+
+def _sources(experts: CheckpointExperts, recipe: Recipe) -> list[TensorRange]:
+    return [experts.checkpoint.tensors[key] for keys in recipe.sources.values() for key in keys]
 
 
 def _plain(
@@ -229,6 +277,14 @@ def _plain(
         return found
 
     return _Stored(shape, dtype, ranges)
+
+
+def _slice_of(whole: TensorRange) -> Callable[[int], list[TensorRange]]:
+    """Each expert's place in a tensor of all of them."""
+    nbytes = whole.nbytes // whole.shape[0]
+    return lambda expert: [
+        replace(whole, shape=whole.shape[1:], offset=whole.offset + expert * nbytes, nbytes=nbytes)
+    ]
 
 
 def _mxfp4(
@@ -252,17 +308,9 @@ def _mxfp4(
             f"{scales.dtype_name} {scales.shape}, not as blocks of 32 e2m1 codes"
         )
 
-    def slice_of(whole: TensorRange) -> Callable[[int], list[TensorRange]]:
-        nbytes = whole.nbytes // whole.shape[0]
-        return lambda expert: [
-            replace(
-                whole, shape=whole.shape[1:], offset=whole.offset + expert * nbytes, nbytes=nbytes
-            )
-        ]
-
     return {
-        "": _Stored(blocks.shape[1:], torch.uint8, slice_of(blocks)),
-        SCALES: _Stored(scales.shape[1:], torch.uint8, slice_of(scales)),
+        "": _Stored(blocks.shape[1:], torch.uint8, _slice_of(blocks)),
+        SCALES: _Stored(scales.shape[1:], torch.uint8, _slice_of(scales)),
     }
 
 
@@ -301,6 +349,53 @@ def _fp8(experts: CheckpointExperts, recipe: Recipe, where: str) -> dict[str, _S
         return _Stored(shape, parts[0].dtype, lambda expert: [tensors[k[expert]] for k in keys])
 
     return {"": stack(0), SCALES: stack(1)}
+
+
+def _int4(experts: CheckpointExperts, recipe: Recipe, index: int, where: str) -> dict[str, _Stored]:
+    """Codes [N, K / 8] and scales [N, K / group]: of one tensor for all experts, or of one for each
+    (gate's and up's below each other), transposed when they are read where the file has them so."""
+    tensors = experts.checkpoint.tensors
+    layer = experts.layers[index]
+    shape, _ = layer.tensors[where.rpartition(".")[2]]
+    if recipe.converter is None:
+        (key,) = recipe.sources
+        whole = tensors[key]
+        assert isinstance(whole, PackedMatrix)
+        assert whole.in_rows, "GPTQ packs matrices of two dimensions"
+        if whole.shape != (layer.num_experts, *shape) or experts_module(layer).is_transposed:
+            raise _AsDequantised(f"{where} is stored transposed")
+        parts = {"": whole.codes, SCALES: whole.scales}
+        return {
+            suffix: _Stored(part.shape[1:], part.dtype, _slice_of(part))
+            for suffix, part in parts.items()
+        }
+    if not stacks_rows(recipe.operations) or len(recipe.converter.target_patterns) != 1:
+        raise _AsDequantised(f"{where} is not made of its experts' rows alone")
+    patterns = [p for p in recipe.converter.source_patterns if p in recipe.sources]
+    matrices = [[tensors[key] for key in recipe.sources[p]] for p in patterns]
+    kinds = set()
+    for found in [matrix for column in matrices for matrix in column]:
+        if not isinstance(found, PackedMatrix):
+            raise _AsDequantised(f"some experts of {where} are packed and some are not")
+        kinds.add((found.shape[1:], found.dtype, found.page_shapes[1][1:], found.in_rows))
+    if len(kinds) != 1:
+        raise _AsDequantised(f"the experts of {where} are packed in several ways")
+    first = cast(PackedMatrix, matrices[0][0])
+
+    def stack(which: int, part: str, dtype: torch.dtype) -> _Stored:
+        def ranges(expert: int) -> list[TensorRange]:
+            return [getattr(column[expert], part) for column in matrices]
+
+        def load(expert: int) -> Tensor:
+            keys = [recipe.sources[pattern][expert] for pattern in patterns]
+            return torch.cat(
+                [getattr(tensors[key], f"read_{part}")(experts.checkpoint, key) for key in keys]
+            )
+
+        page = (shape[0], first.page_shapes[which][1])
+        return _Stored(page, dtype, ranges, None if first.in_rows else load)
+
+    return {"": stack(0, "codes", torch.int32), SCALES: stack(1, "scales", first.dtype)}
 
 
 def load_options(config: Any, path: str, options: Mapping[str, Any]) -> dict[str, Any]:
