@@ -149,6 +149,69 @@ def w4a16(group: int | None, ignore: list[str]) -> dict[str, Any]:
     }
 
 
+def gptq(
+    folder: Path,
+    family: str = "qwen3_moe",
+    group: int | None = 32,
+    scale_dtype: torch.dtype = torch.float16,
+    keep: tuple[str, ...] = ("lm_head", "mlp.gate"),
+    form: str = "gptq",
+    bias: bool = False,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """AutoGPTQ's qweight [K / 8, N], scales [K / group, N], qzeros [K / group, N / 8] and g_idx.
+
+    group: None for whole rows. form: "gptq" stores zeros less one. bias: a zero bias in each layer,
+    as AutoGPTQ writes.
+    """
+    model = tiny_model(family, torch.bfloat16, **{**SIZES, **overrides})
+    model.save_pretrained(folder)
+    tensors = {}
+    for key, tensor in read(folder).items():
+        columns = tensor.shape[-1]
+        kept = tensor.dim() != 2 or "proj" not in key or any(name in key for name in keep)
+        if kept or columns % (group or 8):
+            tensors[key] = tensor
+            continue
+        module, size = key.removesuffix(".weight"), group or columns
+        int4 = packed("X", tensor, size, scale_dtype)
+        zero = {"gptq": 0x77777777, "gptq_v2": 0x88888888 - (1 << 32)}[form]
+        tensors |= {
+            f"{module}.qweight": int4["X_packed"].t().contiguous(),
+            f"{module}.scales": int4["X_scale"].t().contiguous(),
+            f"{module}.qzeros": torch.full(
+                (columns // size, tensor.shape[0] // 8), zero, dtype=torch.int32
+            ),
+            f"{module}.g_idx": (torch.arange(columns) // size).int(),
+        }
+        if bias:
+            tensors[f"{module}.bias"] = torch.zeros(tensor.shape[0], dtype=scale_dtype)
+    config = {
+        "bits": 4,
+        "checkpoint_format": form,
+        "damp_percent": 0.01,
+        "desc_act": False,
+        "group_size": group or -1,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "static_groups": False,
+        "sym": True,
+        "true_sequential": True,
+    }
+    write(folder, tensors, config)
+    return model
+
+
+def degptq(module: str, tensors: dict[str, Tensor], offset: int) -> Tensor:
+    """[N, K] by the formula of AutoGPTQ's qlinear_cuda: zeros and order as stored."""
+    qweight, scales = tensors[f"{module}.qweight"], tensors[f"{module}.scales"]
+    qzeros, order = tensors[f"{module}.qzeros"], tensors[f"{module}.g_idx"].long()
+    places = torch.arange(0, 32, 4, dtype=torch.int32)
+    zeros = (qzeros[:, :, None] >> places & 15).flatten(1) + offset & 15  # [K / group, N]
+    codes = (qweight[:, None] >> places[:, None] & 15).flatten(0, 1)  # [K, N]
+    return (scales[order] * (codes - zeros[order]).to(scales.dtype)).t().contiguous()
+
+
 def fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Per-expert projections as gate_up_proj [E, 2F, H] and down_proj [E, H, F] of each layer."""
     out, parts = {}, {}
@@ -167,6 +230,11 @@ def fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def stored_zero_offset(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return 1 if config["checkpoint_format"] == "gptq" else 0
+
+
 def dequantise(folder: Path, to: Path) -> Path:
     """The same checkpoint in bfloat16, by the formats' definition: independent of any loader."""
     tensors = read(folder)
@@ -183,6 +251,11 @@ def dequantise(folder: Path, to: Path) -> Path:
             name = key.removesuffix("_packed")
             wide = quantization.dequantise_int4_group(tensor, tensors[f"{name}_scale"])
             out[name] = wide.bfloat16()
+        elif key.endswith(".qweight"):
+            name = key.removesuffix(".qweight")
+            out[f"{name}.weight"] = degptq(name, tensors, stored_zero_offset(folder)).bfloat16()
+        elif f"{key.rpartition('.')[0]}.qweight" in tensors:
+            pass  # the other parts of GPTQ's, and a bias that the model does not have
         elif not key.endswith(("_scales", "_scale_inv", "_scale", "_shape")):
             out[key] = tensor
     to.mkdir()

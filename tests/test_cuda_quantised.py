@@ -127,13 +127,19 @@ def test_what_the_kernels_do_not_read_is_named() -> None:
     }
     assert "gate and up do not share a block's scale, got 96" in reason(**narrow)
     assert "must be torch.float8_e4m3fn" in reason(gate_up_proj=torch.zeros(4, 256, 128).half())
+    ints, _ = quantised("int4_group")
+    for scales, text in (
+        (torch.ones(4, 128, 4).half(), "must be torch.bfloat16 [128, 4], got torch.float16"),
+        (torch.ones(4, 128, 8).bfloat16(), "a power of two from 32, got 16"),
+    ):
+        assert text in str(Cuda().supports(SILU, layout_of({**ints, "down_proj_scales": scales})))
     biased = ExpertForm(torch.nn.functional.silu, has_gate=True, has_bias=True)
     wide = {f"{name}_bias": torch.zeros(4, 256) for name in ("gate_up_proj", "down_proj")}
     found = Cuda().supports(biased, layout_of({**sections, **wide}))
     assert "several dtypes" in str(found)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "fp8"])
+@pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4", "gptq"])
 def test_a_checkpoint_is_paged_as_stored_with_the_same_bits_at_every_budget(
     gpu: Any, name: str, tmp_path: Path
 ) -> None:
@@ -143,9 +149,14 @@ def test_a_checkpoint_is_paged_as_stored_with_the_same_bits_at_every_budget(
 
     import moe_offload
 
-    make = partial(quantised_checkpoints.fp8, moe_intermediate_size=128)
-    stored, form = tmp_path / "as_stored", "mxfp4" if name == "mxfp4" else "fp8_block"
-    (quantised_checkpoints.mxfp4 if name == "mxfp4" else make)(stored)
+    makers: dict[str, tuple[Any, str]] = {
+        "mxfp4": (quantised_checkpoints.mxfp4, "mxfp4"),
+        "fp8": (partial(quantised_checkpoints.fp8, moe_intermediate_size=128), "fp8_block"),
+        "int4": (quantised_checkpoints.int4, "int4_group"),
+        "gptq": (partial(quantised_checkpoints.gptq, scale_dtype=torch.bfloat16), "int4_group"),
+    }
+    (make, form), stored = makers[name], tmp_path / "as_stored"
+    make(stored)
     twin = quantised_checkpoints.dequantise(stored, tmp_path / "twin")
 
     def logits(folder: Path, budget: str, form: str) -> list[Tensor]:

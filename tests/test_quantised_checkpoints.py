@@ -247,7 +247,7 @@ def test_scales_of_another_model_are_refused(tmp_path: Path) -> None:
         moe_offload.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "auto-round"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "awq", "auto-round"])
 def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     tiny_model("qwen3_moe", torch.bfloat16).save_pretrained(tmp_path)
     quantised_checkpoints.write(tmp_path, read(tmp_path), {"quant_method": method})

@@ -7,7 +7,7 @@ dense layers, and its converters describe the experts, as those of a checkpoint 
 take what is behind the view (`quantised.py`). A weight is (code - 8) * scale, rounded to the
 scales' dtype and then to the model's: what the methods' own packages dequantise to.
 
-The method is in `compressed_tensors.py`. Config and tensors are checked against
+The methods are in `compressed_tensors.py` and `gptq.py`. Config and tensors are checked against
 each other from the headers.
 """
 

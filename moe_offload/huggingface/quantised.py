@@ -28,6 +28,7 @@ from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.huggingface.adapters import experts_module
 from moe_offload.huggingface.checkpoint import CheckpointExperts, Recipe, stacks_rows
 from moe_offload.huggingface.compressed_tensors import CompressedTensors
+from moe_offload.huggingface.gptq import Gptq
 from moe_offload.huggingface.packed_int4 import PackedMatrix, Packing
 from moe_offload.pages import PageLayout
 from moe_offload.quantization import FP8_BLOCK, MXFP4_GROUP, SCALES, dequantise_fp8_block
@@ -35,7 +36,10 @@ from moe_offload.safetensors_file import Checkpoint, TensorRange
 from moe_offload.sources import CallbackPages, FilePages, Piece
 
 METHODS = ("mxfp4", "fp8")  # which transformers dequantises
-PACKINGS = {"compressed-tensors": CompressedTensors}
+PACKINGS: dict[str, type[CompressedTensors] | type[Gptq]] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+}
 
 
 def _quantization(config: Any) -> tuple[str, dict[str, Any]] | None:
