@@ -1,4 +1,4 @@
-"""What quantised pages save: MXFP4 and fp8 checkpoints beside the same weights in bfloat16.
+"""What quantised pages save: MXFP4, fp8 and int4 checkpoints beside their weights in bfloat16.
 
 Two random-weight checkpoints per shape hold the same numbers, quantised and dequantised, so every
 logit must be equal, and is compared before a time counts.
@@ -8,7 +8,7 @@ logit must be equal, and is compared before a time counts.
 quantised ones at as many bytes, and at as large a share. Turns alternate, each prompt is new, files
 are read past the page cache, slots keep what earlier turns left.
 
-    python bench/quantised.py                 both shapes: about three minutes, 14 GB in --workdir
+    python bench/quantised.py                 all shapes: 20 GB in --workdir
     python bench/quantised.py --quick         toy sizes: does it run?
 """
 
@@ -51,6 +51,11 @@ class Shape:
     top_k: int
     layers: int
     resident: int
+    group: int = 0  # of int4_group
+
+    @property
+    def key(self) -> str:
+        return f"{self.family}-{self.form}"
 
     @property
     def gpt_oss(self) -> bool:
@@ -87,21 +92,31 @@ class Shape:
 SHAPES = {
     "gpt_oss": Shape("gpt-oss-20b", "gpt_oss", "mxfp4", 2880, 2880, 32, 4, 3, 16),
     "qwen3": Shape("Qwen3-30B-A3B", "qwen3_moe", "fp8_block", 2048, 768, 128, 8, 4, 64),
+    "qwen3_int4": Shape(
+        "Qwen3-30B-A3B W4A16", "qwen3_moe", "int4_group", 2048, 768, 128, 8, 4, 64, 128
+    ),
 }
 QUICK = {
     "gpt_oss": Shape("toy gpt-oss", "gpt_oss", "mxfp4", 128, 96, 8, 2, 2, 8),
     "qwen3": Shape("toy Qwen3", "qwen3_moe", "fp8_block", 128, 144, 8, 2, 2, 8),
+    "qwen3_int4": Shape("toy Qwen3 W4A16", "qwen3_moe", "int4_group", 128, 160, 8, 2, 2, 8, 32),
 }
 
 
 # ---- weights ---------------------------------------------------------------------------------
 
 
-def draw_matrix(form: str, rows: int, columns: int, generator: torch.Generator) -> list[Tensor]:
+def draw_matrix(shape: Shape, rows: int, columns: int, generator: torch.Generator) -> list[Tensor]:
     """Random codes and scales of weights of about columns ** -0.5."""
-    specs = quantization.specs(form, rows, columns, torch.bfloat16)
+    form = shape.form
+    specs = quantization.specs(form, rows, columns, torch.bfloat16, shape.group)
     assert specs[1] is not None
     (codes_shape, codes_dtype), (scales_shape, _) = specs
+    if form == "int4_group":  # -8 to 7, whose r.m.s. is 4.6
+        size = (rows, columns // 2)
+        nibbles = torch.randint(256, size, dtype=torch.uint8, generator=generator)
+        scales = (torch.rand(scales_shape, generator=generator) + 0.5) * columns**-0.5 / 4.6
+        return [nibbles.view(codes_dtype), scales.bfloat16()]
     codes = torch.randint(256, codes_shape, dtype=torch.uint8, generator=generator)
     if form == "mxfp4":
         scales = torch.randint(118, 121, scales_shape, dtype=torch.uint8, generator=generator)
@@ -114,8 +129,8 @@ def write(shape: Shape, folder: Path) -> tuple[Path, Path]:
     """The quantised checkpoint and its bfloat16 twin, unless they are there."""
     from transformers import AutoModelForCausalLM
 
-    quantised, plain = folder / f"{shape.family}-{shape.form}", folder / f"{shape.family}-bf16"
-    stamp = folder / f"{shape.family}.json"
+    quantised, plain = folder / shape.key, folder / f"{shape.key}-bf16"
+    stamp = folder / f"{shape.key}.json"
     if stamp.is_file() and stamp.read_text() == json.dumps(shape.__dict__):
         return quantised, plain
     config = shape.config()
@@ -136,15 +151,9 @@ def write(shape: Shape, folder: Path) -> tuple[Path, Path]:
         path.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(path)
         save_file(dense, path / "dense.safetensors", metadata={"format": "pt"})
-    block = {"weight_block_size": [128, 128]} if shape.form == "fp8_block" else {}
     kept = [name.removesuffix(".weight") for name in dense]
-    method = "mxfp4" if shape.gpt_oss else "fp8"
     values = json.loads((quantised / "config.json").read_text())
-    values["quantization_config"] = {
-        "quant_method": method,
-        "modules_to_not_convert": kept,
-        **block,
-    }
+    values["quantization_config"] = quantization_config(shape, kept)
     (quantised / "config.json").write_text(json.dumps(values))
     places: tuple[dict[str, str], dict[str, str]] = ({}, {})
     for place in places:
@@ -164,6 +173,28 @@ def write(shape: Shape, folder: Path) -> tuple[Path, Path]:
     return quantised, plain
 
 
+def quantization_config(shape: Shape, kept: list[str]) -> dict[str, Any]:
+    """What config.json says of it; `kept` are the modules that are not quantised."""
+    if shape.form == "int4_group":
+        weights = {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": shape.group,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": kept,
+        }
+    if shape.form == "mxfp4":
+        return {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    block = {"weight_block_size": [128, 128]}
+    return {"quant_method": "fp8", "modules_to_not_convert": kept, **block}
+
+
 def write_layer(
     shape: Shape, prefix: str, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -176,9 +207,7 @@ def write_layer(
             ("gate_up_proj", 2 * inner, hidden),
             ("down_proj", hidden, inner),
         ):
-            drawn = [
-                draw_matrix(shape.form, rows, columns, generator) for _ in range(shape.experts)
-            ]
+            drawn = [draw_matrix(shape, rows, columns, generator) for _ in range(shape.experts)]
             stored[f"{prefix}{name}_blocks"] = torch.stack([codes for codes, _ in drawn])
             stored[f"{prefix}{name}_scales"] = torch.stack([scales for _, scales in drawn])
             twin = torch.empty(shape.experts, columns, rows, dtype=torch.bfloat16)
@@ -192,9 +221,13 @@ def write_layer(
         for name in ("gate_proj", "up_proj", "down_proj"):
             rows, columns = (hidden, inner) if name == "down_proj" else (inner, hidden)
             key = f"{prefix}{expert}.{name}.weight"
-            codes, scales = draw_matrix(shape.form, rows, columns, generator)
-            stored |= {key: codes, f"{key}_scale_inv": scales}
-            wide[key] = quantization.dequantise_fp8_block(codes, scales, torch.bfloat16)
+            codes, scales = draw_matrix(shape, rows, columns, generator)
+            wide[key] = quantization.dequantise(shape.form, codes, scales, torch.bfloat16)
+            if shape.form == "fp8_block":
+                stored |= {key: codes, f"{key}_scale_inv": scales}
+            else:
+                size = torch.tensor([rows, columns])
+                stored |= {f"{key}_packed": codes, f"{key}_scale": scales, f"{key}_shape": size}
     return stored, wide
 
 
@@ -212,9 +245,7 @@ def layers_in_memory(shape: Shape) -> dict[str, tuple[BoundLayer, dict[str, Tens
             ("down_proj", shape.hidden, shape.inner),
         ):
             halves = 2 if name == "gate_up_proj" and not shape.gpt_oss else 1
-            drawn = [
-                draw_matrix(shape.form, rows // halves, columns, generator) for _ in range(halves)
-            ]
+            drawn = [draw_matrix(shape, rows // halves, columns, generator) for _ in range(halves)]
             codes, scales = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))
             matrix = torch.cat(
                 [quantization.dequantise(shape.form, *pair, torch.bfloat16) for pair in drawn]
@@ -374,7 +405,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="toy sizes; times mean nothing")
-    parser.add_argument("--shape", choices=list(SHAPES), help="one of the two")
+    parser.add_argument("--shape", choices=list(SHAPES), help="one of them")
     parser.add_argument("--part", choices=["layer", "model", "write"], help="one part only")
     parser.add_argument("--workdir", type=Path, help="for checkpoints; default: a cache folder")
     parser.add_argument("--output", type=Path, help="write the JSON here instead of bench/results")

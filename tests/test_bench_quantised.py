@@ -24,8 +24,12 @@ def test_quick_run_writes_every_row(tmp_path: Path) -> None:
     results = json.loads(output.read_text())
     layers = {(row["shape"], row["pages"], row["T"]) for row in results["layer"]}
     assert ("toy gpt-oss", "mxfp4", 1) in layers
-    assert len(layers) == 2 * 2 * 2
+    assert len(layers) == 3 * 2 * 2
     formats = [row["weight_format"] for row in results["model"]]
-    assert formats == ["plain", "mxfp4", "mxfp4", "plain", "fp8_block", "fp8_block"]
+    assert formats == [
+        form
+        for quantised in ("mxfp4", "fp8_block", "int4_group")
+        for form in ("plain", quantised, quantised)
+    ]
     shares = {row["contender"]: row["slots"] for row in results["model"]}
     assert shares["mxfp4, as many bytes"] > 3 * shares["bf16, 25 %"]
