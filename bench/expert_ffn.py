@@ -8,9 +8,9 @@ untimed ones on other experts, as in a model's decode loop: after a pause of 60 
 token took 3.1 ms, and 2.4, as in a loop without pauses, only after some 30 ms of calls. Each round
 also reads memory once through, in pages of 2 MiB and of 4 KiB (where torch, and so everybody but
 the paged layer, has the weights): on a shared machine that rate drifts by 1.7 times within minutes
-(35 to 60 GB/s seen), so a row is held against the median of the reads between its own calls. The
-other roofs, torch's matrix products and multiply-adds from registers, are timed before each number
-of tokens.
+(35 to 60 GB/s seen), so a row is held against the median of the reads between its own calls. So is
+that of multiply-adds from registers; torch's matrix products are timed before each number of
+tokens. What would take a peer longer than 20 s a call is not run, and said.
 
     python bench/expert_ffn.py                     # all shapes
     python bench/expert_ffn.py --shape olmoe       # one; results of the others are kept
@@ -64,6 +64,8 @@ SAMPLED_TOKENS = 16
 WARMED_TOKENS = 16  # calls of up to so many tokens take milliseconds: waking up would show
 WARM_SECONDS = 0.04
 ERROR_FACTOR = 1.2
+SLOWEST_SECONDS = 20.0  # of a call; torch's bf16 products where there are no instructions for them
+BASE = "transformers grouped_mm"  # errors are told in units of its own
 
 COLUMNS = {
     "contender": "contender",
@@ -84,6 +86,8 @@ def gemm_roof(sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype, repeats
     """The fastest of torch's own products [M, K] x [K, N], weights row-major or transposed."""
     best: Row = {"tflops": 0.0}
     for m, k, n in sizes:
+        if best["tflops"] and 2 * m * k * n / best["tflops"] / 1e12 > 1:
+            continue  # a second each; smaller ones have told enough
         a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
         bt = b.t().contiguous().t()
         for layout, right in (("k x n", b), ("n x k transposed", bt)):
@@ -116,13 +120,20 @@ def draw(shape: Shape, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def errors(
-    running: Sequence[Contender], shape: Shape, tokens: int, gate_up: Tensor, down: Tensor
+    running: Sequence[Contender],
+    base: Contender,
+    shape: Shape,
+    tokens: int,
+    gate_up: Tensor,
+    down: Tensor,
 ) -> dict[str, float]:
-    """Root mean square error of sampled tokens against fp64, by contender."""
+    """Root mean square error of sampled tokens against fp64, by contender and of `base`."""
     hidden, ids, topk = draw(shape, tokens, seed=10_000 + tokens)
     sample = torch.linspace(0, tokens - 1, min(tokens, SAMPLED_TOKENS)).long()
     act = Activation("clamped_swiglu", True, 1.702, 7.0, 1.0) if shape.gpt_oss else SILU
     got = {one.name: one.run(hidden, ids, topk)[sample].double() for one in running}
+    if base.name not in got:  # too slow for all tokens
+        got[base.name] = base.run(hidden[sample], ids[sample], topk[sample]).double()
     exact = reference.expert_ffn(hidden[sample], gate_up, down, ids[sample], topk[sample], act)
     return {name: float((out - exact).square().mean().sqrt()) for name, out in got.items()}
 
@@ -135,7 +146,7 @@ def measure(
     least: int,
     readers: Sequence[Callable[[], float]],
 ) -> tuple[dict[str, list[float]], dict[str, list[int]], list[list[float]]]:
-    """Seconds and distinct experts of every call, by contender; by reader, GB/s of each round."""
+    """Seconds and distinct experts of every call, by contender; by reader, each round's rate."""
     times: dict[str, list[float]] = {one.name: [] for one in running}
     distinct: dict[str, list[int]] = {one.name: [] for one in running}
     draws = [draw(shape, tokens, seed) for seed in range(8 if tokens <= 256 else 2)]
@@ -178,27 +189,33 @@ def run_shape(shape: Shape, tokens: Sequence[int], seconds: float, least: int, q
     buffer = 1 << 24 if quick else 1 << 29
     sizes = [(64, 64, 64)] if quick else [(1024,) * 3, (2048,) * 3, (3072,) * 3, (2048, 4096, 2048)]
     readers = [memory_reader(buffer, huge_pages=huge) for huge in (True, False)]
-    memory: dict[int, list[list[float]]] = {}
+    readers.append(lambda: multiply_peak("bfloat16", 0.001 if quick else 0.01, repeats=1))
+    rates: dict[int, list[list[float]]] = {}
     gemm: list[Row] = []
-    multiply: list[float] = []
     rows: list[Row] = []
     skipped = list(absent)
+    base = next(one for one in everyone if one.name == BASE)
+    last: dict[str, tuple[int, float]] = {}  # tokens and seconds of the largest call so far
     for count in tokens:
         gemm.append(gemm_roof(sizes, torch.bfloat16, 2))
-        multiply.append(multiply_peak("bfloat16", 0.001 if quick else 0.1))
         running = []
         for one in everyone:
             reason = one.skip(count)
+            if one.peer and one.name in last:
+                expected = last[one.name][1] * count / last[one.name][0]
+                if expected > SLOWEST_SECONDS:
+                    reason = f"it would take about {expected:.0f} s a call"
             if reason is None:
                 running.append(one)
             else:
                 skipped.append(f"{one.name} at T = {count}: {reason}")
-        error = errors(running, shape, count, gate_up, down)
+        error = errors(running, base, shape, count, gate_up, down)
         timed = measure(running, shape, count, seconds, least, readers)
-        times, distinct, memory[count] = timed
+        times, distinct, rates[count] = timed
+        last.update({name: (count, median(taken)) for name, taken in times.items()})
         for one in running:
             row = {"shape": shape.name, "contender": one.name, "tokens": count, "peer": one.peer}
-            row["error"] = error[one.name] / error["transformers grouped_mm"]
+            row["error"] = error[one.name] / error[BASE]
             row["rms_error"] = error[one.name]
             if row["error"] <= ERROR_FACTOR or one.peer:  # a peer's precision is its own affair
                 row["us"] = spread(1e6 * t for t in times[one.name])
@@ -206,10 +223,11 @@ def run_shape(shape: Shape, tokens: Sequence[int], seconds: float, least: int, q
                 row["distinct_experts"] = median(distinct[one.name])
             rows.append(row)
     roofs = {
-        "memory_gb_per_s": {T: spread(rates[0]) for T, rates in memory.items()},
-        "memory_4k_gb_per_s": {T: spread(rates[1]) for T, rates in memory.items()},
         "gemm": max(gemm, key=lambda row: row["tflops"]),
-        "multiply_tflops": max(multiply),
+        **{
+            name: {T: spread(found[i]) for T, found in rates.items()}
+            for i, name in enumerate(("memory_gb_per_s", "memory_4k_gb_per_s", "multiply_tflops"))
+        },
     }
     for row in rows:
         finish(row, rows, shape, roofs)
@@ -228,7 +246,8 @@ def finish(row: Row, rows: Sequence[Row], shape: Shape, roofs: Row) -> None:
         roof = roofs[f"{pages}_gb_per_s"][row["tokens"]]["median"]
         row[f"{pages}_roof"] = 100 * row["gb_per_s"] / roof
     row["gemm_roof"] = 100 * row["tflops"] / roofs["gemm"]["tflops"]
-    row["multiply_roof"] = 100 * row["tflops"] / roofs["multiply_tflops"]
+    multiply = roofs["multiply_tflops"][row["tokens"]]["median"]
+    row["multiply_roof"] = 100 * row["tflops"] / multiply
     peers = [
         other["us"]["median"]
         for other in rows
@@ -273,10 +292,11 @@ def report(shape: Shape, found: dict[str, Any]) -> None:
         for pages in ("memory", "memory_4k")
         if (medians := [row["median"] for row in found["roofs"][f"{pages}_gb_per_s"].values()])
     ]
+    multiply = max(row["median"] for row in found["roofs"]["multiply_tflops"].values())
     title = (
         f"{shape.name}: H {shape.hidden}, F {shape.inner}, top-{shape.top_k} of {shape.experts} "
         f"experts, bf16. Roofs: {read[0]} read in pages of 2 MiB, {read[1]} of 4 KiB; "
-        f"{gemm['tflops']:.3f} TFLOP/s torch.mm, {found['roofs']['multiply_tflops']:.3f} from "
+        f"{gemm['tflops']:.3f} TFLOP/s torch.mm, {multiply:.3f} from "
         "registers"
     )
     print_table(found["rows"], COLUMNS, title)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import harness  # noqa: F401  puts this checkout on the path
 import torch
 from torch import Tensor
 

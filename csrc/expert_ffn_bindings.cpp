@@ -129,8 +129,7 @@ void bind_expert_ffn(py::module_& m) {
             return std::make_tuple(roof.operations, roof.seconds);
         },
         "dtype"_a, "seconds"_a, "isa"_a = "auto", ReleaseGil(),
-        "Multiply-adds of the kernels for this dtype with all operands in registers, in the "
-        "calling "
+        "Multiply-adds of this dtype's kernels with all operands in registers, in the calling "
         "thread: (floating-point operations, seconds). 16-bit weights are multiplied in fp32 where "
         "the instruction set has nothing else.");
 
