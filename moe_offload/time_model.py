@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload.replay import PREFETCH, REQUEST, ReplayResult
+from moe_offload.replay import ReplayResult
+from moe_offload.replay_events import PREFETCH, REQUEST
 
 
 @dataclass(frozen=True)
