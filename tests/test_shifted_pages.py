@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantised_checkpoints import fp8, mxfp4
+from quantised_checkpoints import fp8, int4, mxfp4
 from test_expert_ffn import GPT_OSS, Case, Inputs
 from test_quantised_ffn import quantised, quantised_twin
 from tiny_models import experts_modules, prompt_ids, tiny_model
@@ -40,6 +40,7 @@ MODELS: dict[str, Any] = {
     "transposed-biased": lambda folder: tiny_model("gpt_oss").save_pretrained(folder),
     "mxfp4": mxfp4,
     "fp8": fp8,
+    "int4": int4,
     "fp8-bf16-scales": partial(fp8, scale_dtype=torch.bfloat16),
 }
 
@@ -203,7 +204,7 @@ KERNEL_CASES = [
 
 
 @pytest.mark.parametrize("isa", _core.cpu_isas("bfloat16"))
-@pytest.mark.parametrize("form", ["plain", "mxfp4", "fp8_block", "fp8_block_bf16"])
+@pytest.mark.parametrize("form", ["plain", "mxfp4", "fp8_block", "fp8_block_bf16", "int4_group"])
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=lambda case: case.name)
 def test_kernels_give_the_same_bits_at_every_shift(case: Case, form: str, isa: str) -> None:
     inputs = Inputs.make(replace(case), torch.bfloat16)
@@ -212,7 +213,9 @@ def test_kernels_give_the_same_bits_at_every_shift(case: Case, form: str, isa: s
         want = inputs.native(isa)
     else:
         base = form.removesuffix("_bf16")
-        stored, options = quantised_twin(inputs, base, form != base), {"weight_format": base}
+        group = 32 if base == "int4_group" else 0
+        stored = quantised_twin(inputs, base, form != base, group)
+        options = {"weight_format": base}
         want = quantised(inputs, stored, base, isa)
     layer = inputs.layer(isa, **options)
     for shift in range(0, 512, 8):
