@@ -88,7 +88,12 @@ def contenders(shape: Shape, gate_up: Tensor, down: Tensor) -> tuple[list[Conten
     if importlib.util.find_spec("kt_kernel") is None:
         absent.append("kt-kernel: not installed (bench/requirements-peers.txt)")
     else:
+        from kt_kernel import kt_kernel_ext
+
         for kind in ("AMXBF16_MOE", "AVX2BF16_MOE"):
+            if not hasattr(kt_kernel_ext.moe, kind):
+                absent.append(f"kt-kernel {kind}: not in its build for this processor")
+                continue
             if kind == "AVX2BF16_MOE" and gate_up.nbytes + down.nbytes > 1 << 30:
                 absent.append(f"kt-kernel {kind}: its copy of the weights does not fit in memory")
                 continue
