@@ -45,9 +45,11 @@ def dense_model() -> nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).eval()
 
 
-def llama4_model() -> nn.Module:
-    extra = {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 16, "num_local_experts": 4}
-    config = AutoConfig.for_model("llama4_text", **SMALL, **extra)
+def longcat_model() -> nn.Module:
+    mla = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    moe = {"expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2}
+    extra = {**mla, **moe, "v_head_dim": 8, "num_layers": 1, "ffn_hidden_size": 16}
+    config = AutoConfig.for_model("longcat_flash", **{**SMALL, **extra, "num_key_value_heads": 2})
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -136,7 +138,7 @@ def wrong_dims() -> nn.Module:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "dense": (dense_model, r"LlamaForCausalLM has no routed experts"),
-    "llama4": (llama4_model, r"Llama4TextExperts, which does not use .* common experts interface"),
+    "longcat": (longcat_model, r"LongcatFlashExperts, which does not use .* common experts inter"),
     "module_list": (own_moe, r"ModuleList, which does not use"),
     "a_path": (lambda: "some/path", r"got str.*from_pretrained"),
     "accelerate_hook": (with_hook, r"layers\.1\.mlp\.experts .*accelerate hook.*from_pretrained"),
