@@ -25,13 +25,7 @@ from moe_offload import _core
 from moe_offload.errors import TraceError
 from moe_offload.pager import MAX_ROUTED_TOKENS
 from moe_offload.policies import POLICIES
-from moe_offload.replay_events import EXPECT as EXPECT
-from moe_offload.replay_events import FILL as FILL
-from moe_offload.replay_events import PREDICT as PREDICT
-from moe_offload.replay_events import PREFETCH as PREFETCH
 from moe_offload.replay_events import REQUEST, ROUTES, SEQUENCE, with_recall
-from moe_offload.replay_events import EventList as EventList
-from moe_offload.replay_events import with_predictions as with_predictions
 from moe_offload.traces import DECODE, Events, Trace
 
 _CELLS = 1 << 24  # (step, layer, expert) cells handled at once: 128 MiB of counts

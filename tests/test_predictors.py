@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from moe_offload.predictors.preattention import PreAttention
 from moe_offload.predictors.pregate import PreGate, PreGates, PreGateShape
 from moe_offload.predictors.previous import PreviousToken
 from moe_offload.predictors.recall import Recall
+from moe_offload.predictors.routers import _same_numbers
 from moe_offload.predictors.rpp import RoutingPathPredictor
 from moe_offload.predictors.rpp_model import RppConfig, RppModel
 from moe_offload.predictors.rpp_session import RppDecoder, RppSession
@@ -451,3 +453,46 @@ def test_auto_goes_without_a_router_and_says_so(monkeypatch, tmp_path) -> None:
     with pytest.warns(UserWarning, match="nothing is fetched ahead: no router found"):
         paged = moe_offload.from_pretrained(tmp_path, device_budget="50%")
     assert moe_offload.get_offloader(paged).stats()["predictor"] is None
+
+
+@pytest.mark.filterwarnings("ignore:lookahead")
+def test_a_router_that_raises_when_asked_ahead_does_not_break_the_model() -> None:
+    model = tiny_model("qwen3_moe")
+    steps = [prompt_ids(8), prompt_ids(1, seed=1), prompt_ids(1, seed=2)]
+
+    def run() -> list[torch.Tensor]:
+        cache, found = None, []
+        for ids in steps:
+            with torch.no_grad():
+                out = model(ids, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+        return found
+
+    expected = run()
+    router = model.model.layers[0].mlp.gate
+    own, in_turn = router.forward, []
+    router.register_forward_pre_hook(lambda *_: in_turn.append(True))
+
+    def forward(*args: Any) -> Any:
+        if not in_turn and asked:
+            raise ValueError("not now")
+        asked.append(True)
+        in_turn.clear()
+        return own(*args)
+
+    asked: list[bool] = []
+    router.forward = forward
+    with moe_offload.offload(model, "25%", predictor="lookahead-0") as offloader:
+        got = run()
+        refused = offloader.stats()["predictor"]["refused"]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert len(refused) == 1
+    assert "raised ValueError (not now)" in refused[0]
+
+
+def test_a_norm_is_recognised_behind_a_cast_of_what_is_not_contiguous() -> None:
+    given = torch.randn(3, 4).bfloat16()
+    assert _same_numbers(given, given.float().t().contiguous().t())
+    assert not _same_numbers(given, given.float() + 1)
+    assert not _same_numbers(given[:2], given.float())

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import prompt_ids, tiny_model
 
 import moe_offload
-from moe_offload import _core, replay
+from moe_offload import _core, replay, replay_events
 from moe_offload.cli import main
 from moe_offload.errors import TraceError
 from moe_offload.policies import LIVE_POLICIES, POLICIES
@@ -111,17 +111,17 @@ def test_requests_are_the_distinct_experts_of_a_step(batch, monkeypatch):
         begun += len(starts & set(rows))
         if begun // batch > announced:
             announced = begun // batch
-            assert events.kinds[index] == replay.SEQUENCE
+            assert events.kinds[index] == replay_events.SEQUENCE
             index += 1
         for layer in range(3):
             if 1 < len(rows) <= replay.MAX_ROUTED_TOKENS:
-                assert (events.kinds[index], events.layers[index]) == (replay.ROUTES, layer)
+                assert (events.kinds[index], events.layers[index]) == (replay_events.ROUTES, layer)
                 assert events.counts[index] == len(rows)
                 span = slice(*events.expert_offsets[index : index + 2])
                 assert events.experts[span].tolist() == trace.ids[rows, layer].reshape(-1).tolist()
                 assert events.value_offsets[index] == events.value_offsets[index + 1]
                 index += 1
-            assert (events.kinds[index], events.layers[index]) == (replay.REQUEST, layer)
+            assert (events.kinds[index], events.layers[index]) == (replay_events.REQUEST, layer)
             assert events.counts[index] == len(rows)
             weights = {}
             for row in rows:
@@ -200,7 +200,7 @@ def test_an_oracle_that_prefetches_removes_demand_misses():
             for layer in range(4):
                 truth[step, layer, trace.ids[row, layer]] = 1.0
     plain = replay.replay_events(events, trace.num_experts, "predictive", 0.25)
-    told = replay.with_predictions(events, truth, prefetch=2, layers_ahead=1)
+    told = replay_events.with_predictions(events, truth, prefetch=2, layers_ahead=1)
     result = replay.replay_events(told, trace.num_experts, "predictive", 0.25)
     assert result.lookups == plain.lookups
     assert result.demand_misses < 0.1 * plain.demand_misses
@@ -234,7 +234,7 @@ def test_wrong_prefetches_are_counted_as_wasted():
     for step in range(100):
         for layer in range(2):
             wrong[step, layer, trace.ids[step, layer]] = 0.0
-    told = replay.with_predictions(events, wrong, prefetch=3)
+    told = replay_events.with_predictions(events, wrong, prefetch=3)
     result = replay.replay_events(told, trace.num_experts, "lru", 0.25)
     assert result.wasted_prefetches > 0
     assert result.copies_per_token > replay.replay(trace, "lru", 0.25).copies_per_token

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_offload import replay
+from moe_offload import replay, replay_events
 from moe_offload.cli import main
 from moe_offload.time_model import TimeModel
 from moe_offload.trace_generator import generate_trace
@@ -16,10 +16,12 @@ def result_of(events, num_experts=(8,), slots=4, policy="lru"):
 
 
 def test_seconds_are_the_formula():
-    log = replay.EventList()
-    log.add(replay.REQUEST, 0, [0, 1], count=1)  # two misses: 0.2 s of copies, 1 ms for the last
-    log.add(replay.REQUEST, 0, [0, 1], count=1)  # two hits: 2 ms of compute
-    log.add(replay.REQUEST, 0, [1, 2], count=1)  # one of each
+    log = replay_events.EventList()
+    log.add(
+        replay_events.REQUEST, 0, [0, 1], count=1
+    )  # two misses: 0.2 s of copies, 1 ms for the last
+    log.add(replay_events.REQUEST, 0, [0, 1], count=1)  # two hits: 2 ms of compute
+    log.add(replay_events.REQUEST, 0, [1, 2], count=1)  # one of each
     result = result_of(log.events())
     assert result.steps == 3
     assert ROUND.seconds(result, 2) == pytest.approx(0.03 + 0.201 + 0.002 + 0.101)
@@ -27,10 +29,10 @@ def test_seconds_are_the_formula():
 
 
 def test_swapping_back_copies_twice_and_changes_nothing_else():
-    log = replay.EventList()
-    log.add(replay.REQUEST, 0, [0, 1], count=1)  # two misses: 0.4 s of copies
-    log.add(replay.REQUEST, 0, [0, 1], count=1)
-    log.add(replay.REQUEST, 0, [1, 2], count=1)  # one more: 0.2 s
+    log = replay_events.EventList()
+    log.add(replay_events.REQUEST, 0, [0, 1], count=1)  # two misses: 0.4 s of copies
+    log.add(replay_events.REQUEST, 0, [0, 1], count=1)
+    log.add(replay_events.REQUEST, 0, [1, 2], count=1)  # one more: 0.2 s
     result = result_of(log.events())
     swapping = TimeModel(1000, 1e4, 1e6, 0.01, swap_back=True)
     assert swapping.seconds(result, 2) == pytest.approx(0.03 + 0.401 + 0.002 + 0.201)
@@ -43,11 +45,11 @@ def test_swapping_back_copies_twice_and_changes_nothing_else():
 
 def test_prefetches_are_free_only_while_the_link_is_idle():
     def run(prefetched):
-        log = replay.EventList()
-        log.add(replay.REQUEST, 0, [0], count=1)
-        log.add(replay.REQUEST, 0, [0], count=1)  # idle link for 11 ms
-        log.add(replay.PREFETCH, 0, list(range(1, 1 + prefetched)))
-        log.add(replay.REQUEST, 0, [1], count=1)
+        log = replay_events.EventList()
+        log.add(replay_events.REQUEST, 0, [0], count=1)
+        log.add(replay_events.REQUEST, 0, [0], count=1)  # idle link for 11 ms
+        log.add(replay_events.PREFETCH, 0, list(range(1, 1 + prefetched)))
+        log.add(replay_events.REQUEST, 0, [1], count=1)
         return result_of(log.events())
 
     slow, fast = run(1), TimeModel(1000, 1e6, 1e6, 0.01)
@@ -60,8 +62,8 @@ def test_prefetches_are_free_only_while_the_link_is_idle():
 
 
 def test_disk_and_flops_bound_when_they_are_slower():
-    log = replay.EventList()
-    log.add(replay.REQUEST, 0, [0], count=100)
+    log = replay_events.EventList()
+    log.add(replay_events.REQUEST, 0, [0], count=100)
     result = result_of(log.events())
     disk = TimeModel(1000, 1e4, 1e6, disk_bytes_per_s=1e3, disk_share=0.5)
     assert disk.seconds(result, 1) == pytest.approx(0.5 + 0.001)

@@ -135,7 +135,8 @@ def _belady_misses_per_token(
 ) -> float:
     """What decoding must fetch at least in the rounds that count, prompts before it included."""
     import moe_offload
-    from moe_offload.replay import REQUEST, replay_events, requests
+    from moe_offload.replay import replay_events, requests
+    from moe_offload.replay_events import REQUEST
     from moe_offload.traces import DECODE
 
     calls_before = tokens = 0

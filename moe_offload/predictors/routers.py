@@ -167,17 +167,20 @@ class RouterProbe:
         """
         if before_norm and self._folded is not None:
             return margins(self._folded.logits(state), top_k)
-        assert self._input_dtype is not None
-        if before_norm and self.norm is not None:
-            state = self.norm.forward(state)
-        if self._ndim == 2:
-            state = state.reshape(-1, state.shape[-1])
-        answer = self._ask(state.to(self._input_dtype), top_k)
+        answer = self._ask(state, top_k, self.norm if before_norm else None)
         return None if answer is None else _scores(*answer)
 
-    def _ask(self, state: Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """What the router says about its input; None, and `refused`, where it cannot."""
+    def _ask(
+        self, state: Tensor, top_k: int, norm: nn.Module | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the router says about a state; None, and `refused`, where it cannot."""
+        assert self._input_dtype is not None
         try:  # no hooks: not recorded
+            if norm is not None:
+                state = norm.forward(state)
+            if self._ndim == 2:
+                state = state.reshape(-1, state.shape[-1])
+            state = state.to(self._input_dtype)
             return self._read(self.router.forward(state, *self._args, **self._kwargs), top_k)
         except Exception as error:  # foreign code, asked out of turn: the model must go on
             self.refused = (
@@ -270,7 +273,9 @@ def _same_numbers(out: Tensor, given: Tensor) -> bool:
         return False
     if out.data_ptr() == given.data_ptr():
         return True
-    return out.dtype != given.dtype and torch.equal(out.reshape(-1).to(given.dtype), given.view(-1))
+    return out.dtype != given.dtype and torch.equal(
+        out.to(given.dtype).reshape(-1), given.reshape(-1)
+    )
 
 
 def _same_choice(mine: np.ndarray, theirs: np.ndarray, rows: Any) -> bool:
