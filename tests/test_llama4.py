@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 import moe_offload
-from moe_offload.errors import BudgetError
+from moe_offload.errors import BudgetError, StateError, UnsupportedModelError
 from moe_offload.huggingface.llama4 import set_implementation, teach, unteach
 
 _TEXT: dict[str, Any] = {
@@ -127,6 +127,21 @@ def test_plan_and_a_refused_budget_leave_the_model_as_it_is(tmp_path: Path) -> N
     assert set(moe_classes(model)) == {Llama4TextMoe, Llama4TextExperts}
     model.save_pretrained(tmp_path)
     assert moe_offload.plan(tmp_path, "50%").num_pages == 2 * NUM_EXPERTS
+
+
+def test_a_refused_model_is_left_as_it_is_and_an_offloaded_one_works_on() -> None:
+    model = tiny_llama4()
+    experts = model.model.layers[1].feed_forward.experts
+    experts.forward = experts.forward  # as a hook leaves it
+    with pytest.raises(UnsupportedModelError, match="replaced forward"):
+        moe_offload.offload(model)
+    assert set(moe_classes(model)) == {Llama4TextMoe, Llama4TextExperts}
+    del experts.forward
+    with moe_offload.offload(model, "25%"):
+        expected = logits(model)
+        with pytest.raises(StateError, match="offloaded already"):
+            moe_offload.offload(model)
+        assert torch.equal(logits(model), expected)
 
 
 def test_traces_and_predictors_see_its_router() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_offload.errors import StateError, UnsupportedModelError
 from moe_offload.expert_layer import ExpertLayer
-from moe_offload.huggingface.llama4 import teach
+from moe_offload.huggingface.llama4 import teach, unteach
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,7 +66,16 @@ def find_expert_layers(model: nn.Module) -> list[ExpertLayer]:
             f"expected a transformers model (a torch.nn.Module), got {type(model).__name__}. "
             "For a path or hub id use moe_offload.from_pretrained."
         )
-    teach(model)
+    taught = teach(model)
+    try:
+        return _described(model)
+    except BaseException:
+        if taught:
+            unteach(model)
+        raise
+
+
+def _described(model: nn.Module) -> list[ExpertLayer]:
     modules = list(_experts_modules(model))
     if not modules:
         raise _no_experts(model)
