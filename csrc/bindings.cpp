@@ -269,13 +269,14 @@ PYBIND11_MODULE(_core, m) {
     m.def(
         "disk_roof",
         [](std::vector<std::string> paths, uint64_t page_bytes, uint64_t chunk_bytes, int depth,
-           double seconds, uint64_t seed, bool io_uring, bool huge_pages) {
+           double seconds, uint64_t seed, bool io_uring, bool huge_pages, uint64_t memory_bytes) {
             const DiskRoof roof = disk_roof({std::move(paths), page_bytes, chunk_bytes, depth,
-                                             seconds, seed, io_uring, huge_pages});
+                                             seconds, seed, io_uring, huge_pages, memory_bytes});
             return std::make_tuple(roof.bytes, roof.seconds, roof.cpu_seconds);
         },
         "paths"_a, py::kw_only(), "page_bytes"_a, "chunk_bytes"_a, "depth"_a, "seconds"_a,
-        "seed"_a = 0, "io_uring"_a = false, "huge_pages"_a = true, ReleaseGil(),
+        "seed"_a = 0, "io_uring"_a = false, "huge_pages"_a = true, "memory_bytes"_a = 0,
+        ReleaseGil(),
         "Read random pages with O_DIRECT and throw them away: (bytes, seconds, CPU seconds)");
     m.def("why_no_io_uring", &why_no_io_uring, "\"\" when io_uring works here, else why not");
 

@@ -114,7 +114,9 @@ class OffloadConfig:
         io_depth: reads that io_uring keeps in flight for demand fetches, 1 to 256; prefetches
             never have more than two.
         chunk_bytes: copies are cut into pieces of this size: the unit in which a demand fetch
-            overtakes prefetches; a multiple of 4096.
+            overtakes prefetches; a multiple of 4096. Pages that are read straight into their slot
+            (large ones, for the native kernels, where the disk can) are cut into pieces four
+            times as long when they are prefetched, sixteen times when they are demanded.
         direct_io: read checkpoints with O_DIRECT so that expert bytes stay out of the page cache;
             False reads through the page cache.
         wait_timeout_s: no wait for a page lasts longer than this; a timeout raises.

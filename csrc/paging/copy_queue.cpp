@@ -62,7 +62,10 @@ std::optional<CopyQueue::Step> CopyQueue::take() {
         job.planned = true;
         job.result.begin_ns = now_ns();
         try {
-            job.chunks = source_->chunks(job.layer, job.expert, chunk_bytes_);
+            size_t nbytes = chunk_bytes_;
+            if (source_->straight(job.layer, job.expert, job.slot))
+                nbytes *= job.priority == Priority::kDemand ? kDemandChunks : kPrefetchChunks;
+            job.chunks = source_->chunks(job.layer, job.expert, nbytes);
             if (std::bernoulli_distribution(chaos_.fail_probability)(random_))
                 throw PageReadError("injected failure (chaos)");
         } catch (...) {

@@ -18,6 +18,11 @@ namespace moe_offload {
 
 class CopyQueue {
   public:
+    // How much longer than chunk_bytes the chunks are that are read straight into their slot. They
+    // need no bounce buffers, and few long reads keep a disk busier than many short ones while the
+    // cores compute (docs/architecture.md, *Bytes*). Those of prefetches are in a demand's way.
+    static constexpr size_t kDemandChunks = 16, kPrefetchChunks = 4;
+
     // One chunk to copy. Without a chunk there is nothing to copy (an empty page, or `error`):
     // finish it at once.
     struct Step {

@@ -49,13 +49,16 @@ struct Files {
 struct Chunks {
     const Files& files;
     const DiskRoofOptions& options;
+    const HugeRegion& memory;
     std::mt19937_64 random{options.seed};
     size_t file = 0;
     uint64_t at = 0, end = 0;
+    size_t count = 0;  // reads so far
 
     struct Read {
         int fd;
         uint64_t offset, nbytes;
+        std::byte* to;
     };
     Read next() {
         if (at >= end) {
@@ -63,7 +66,9 @@ struct Chunks {
             at = random() % files.pages[file] * options.page_bytes;
             end = at + options.page_bytes;
         }
-        const Read read{files.descriptors[file], at, std::min(options.chunk_bytes, end - at)};
+        const size_t place = count++ % (memory.size() / options.chunk_bytes);
+        const Read read{files.descriptors[file], at, std::min(options.chunk_bytes, end - at),
+                        memory.data() + place * options.chunk_bytes};
         at += read.nbytes;
         return read;
     }
@@ -83,13 +88,13 @@ void check(int64_t answer, const Chunks::Read& read) {
     if (static_cast<uint64_t>(answer) != read.nbytes) fail(EIO, "disk_roof: short read");
 }
 
-uint64_t by_threads(Chunks& chunks, std::byte* memory, int64_t deadline) {
+uint64_t by_threads(Chunks& chunks, int64_t deadline) {
     std::mutex mutex;
     std::atomic<uint64_t> total{0};
     std::exception_ptr error;
     std::vector<std::thread> threads;
     for (int i = 0; i < chunks.options.depth; ++i)
-        threads.emplace_back([&, buffer = memory + size_t(i) * chunks.options.chunk_bytes] {
+        threads.emplace_back([&] {
             try {
                 do {
                     Chunks::Read read{};
@@ -97,7 +102,7 @@ uint64_t by_threads(Chunks& chunks, std::byte* memory, int64_t deadline) {
                         const std::lock_guard lock(mutex);
                         read = chunks.next();
                     }
-                    const ssize_t n = ::pread(read.fd, buffer, read.nbytes, off_t(read.offset));
+                    const ssize_t n = ::pread(read.fd, read.to, read.nbytes, off_t(read.offset));
                     check(n < 0 ? -errno : n, read);
                     total += read.nbytes;
                 } while (now_ns() < deadline);
@@ -112,7 +117,7 @@ uint64_t by_threads(Chunks& chunks, std::byte* memory, int64_t deadline) {
 }
 
 #ifdef MOE_OFFLOAD_LIBURING
-uint64_t by_uring(Chunks& chunks, std::byte* memory, int64_t deadline) {
+uint64_t by_uring(Chunks& chunks, int64_t deadline) {
     const auto depth = static_cast<unsigned>(chunks.options.depth);
     io_uring ring;
     const int error = io_uring_queue_init(depth, &ring, 0);
@@ -121,8 +126,8 @@ uint64_t by_uring(Chunks& chunks, std::byte* memory, int64_t deadline) {
     const auto start = [&](size_t i) {
         reads[i] = chunks.next();
         io_uring_sqe* entry = io_uring_get_sqe(&ring);
-        io_uring_prep_read(entry, reads[i].fd, memory + i * chunks.options.chunk_bytes,
-                           unsigned(reads[i].nbytes), reads[i].offset);
+        io_uring_prep_read(entry, reads[i].fd, reads[i].to, unsigned(reads[i].nbytes),
+                           reads[i].offset);
         entry->user_data = i;
     };
     for (size_t i = 0; i < depth; ++i) start(i);
@@ -159,8 +164,9 @@ DiskRoof disk_roof(const DiskRoofOptions& options) {
             "disk_roof: expected files, a depth >= 1, and page and chunk sizes that are multiples "
             "of 4096");
     const Files files(options);
-    Chunks chunks{files, options};
-    const HugeRegion memory(size_t(options.depth) * options.chunk_bytes);
+    const HugeRegion memory(
+        std::max(options.memory_bytes, uint64_t(options.depth) * options.chunk_bytes));
+    Chunks chunks{files, options, memory};
     if (!options.huge_pages) ::madvise(memory.data(), memory.size(), MADV_NOHUGEPAGE);
     for (size_t i = 0; i < memory.size(); i += Scratch::kAlign) memory.data()[i] = std::byte{1};
     const double cpu = cpu_seconds();
@@ -169,12 +175,12 @@ DiskRoof disk_roof(const DiskRoofOptions& options) {
     DiskRoof roof;
     if (options.io_uring) {
 #ifdef MOE_OFFLOAD_LIBURING
-        roof.bytes = by_uring(chunks, memory.data(), deadline);
+        roof.bytes = by_uring(chunks, deadline);
 #else
         throw std::invalid_argument("disk_roof: built without liburing");
 #endif
     } else {
-        roof.bytes = by_threads(chunks, memory.data(), deadline);
+        roof.bytes = by_threads(chunks, deadline);
     }
     roof.seconds = double(now_ns() - begin) / 1e9;
     roof.cpu_seconds = cpu_seconds() - cpu;

@@ -1,8 +1,10 @@
 // How fast a disk can be read the way a pager reads: the roof its numbers are held against.
 //
 // Pages at random places of the given files, cut into chunks, `depth` of them in flight, O_DIRECT,
-// into memory that is thrown away. No slots, no copies, no checks; shares no code with the copy
-// engines, so it cannot have their faults.
+// into memory that is thrown away: by default a buffer per read in flight, used again and again,
+// which stays in the caches. A pager keeps what it reads; `memory_bytes` says over how much memory
+// reads go round. No slots, no copies, no checks; shares no code with the copy engines, so it
+// cannot have their faults.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +22,7 @@ struct DiskRoofOptions {
     uint64_t seed = 0;
     bool io_uring = false;  // else a thread per read in flight
     bool huge_pages = true;
+    uint64_t memory_bytes = 0;  // at least a chunk per read in flight
 };
 
 struct DiskRoof {

@@ -18,6 +18,8 @@ namespace {
 constexpr uint64_t kBlock = Scratch::kAlign;
 // Each piece makes at most two parts of a vectored read, and the kernel takes IOV_MAX = 1024.
 constexpr size_t kMaxPieces = 256;
+// Two blocks of each may bounce.
+constexpr size_t kMaxStraightPieces = FileSource::kEndBytes / (2 * kBlock);
 
 int64_t mtime_ns(const struct stat& status) {
     return int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec;
@@ -122,6 +124,16 @@ uint32_t FileSource::shift(int32_t layer, int32_t expert) const {
         std::max_element(straight.begin(), straight.end(),
                          [](const auto& a, const auto& b) { return a.second < b.second; });
     return best == straight.end() ? 0 : static_cast<uint32_t>(best->first);
+}
+
+bool FileSource::straight(int32_t layer, int32_t expert, const std::byte* page) const {
+    const std::vector<FileSegment>& all = segments(layer, expert);
+    const auto fits = [&](const FileSegment& segment) {
+        const File& file = files_[segment.file];
+        const auto place = reinterpret_cast<uintptr_t>(page + segment.page_offset);
+        return !file.direct || (place - segment.offset) % file.memory_align == 0;
+    };
+    return all.size() <= kMaxStraightPieces && std::all_of(all.begin(), all.end(), fits);
 }
 
 std::vector<Chunk> FileSource::chunks(int32_t layer, int32_t expert, size_t chunk_bytes) const {

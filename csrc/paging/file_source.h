@@ -67,12 +67,16 @@ class FileSource final : public PageSource {
     // The shift with which most bytes of the page arrive straight. Sections whose sizes are
     // multiples of the alignment, as those of large models are, all want the same one.
     uint32_t shift(int32_t layer, int32_t expert) const override;
+    bool straight(int32_t layer, int32_t expert, const std::byte* page) const override;
     uint64_t read(int32_t layer, int32_t expert, const Chunk& chunk, std::byte* page,
                   Scratch& scratch) const override;
 
+    // What bounces of a chunk of a page that is `straight`, at most.
+    static constexpr uint64_t kEndBytes = 64 << 10;
+
     // `read` in steps, for engines that do the reading themselves. Bytes a bounce buffer for this
     // chunk must have (aligned to Scratch::kAlign); 0 when none is needed. At most chunk_bytes, and
-    // two blocks a piece where the page lies as `shift` says.
+    // two blocks a piece, kEndBytes in all, where the page is `straight`.
     uint64_t bounce_bytes(const Chunk& chunk, const std::byte* page) const;
     FileRead plan(const Chunk& chunk, std::byte* page, std::byte* bounce) const;
     // When all bytes wanted have arrived: the rest of the way into the page, and the check that

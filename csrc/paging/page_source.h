@@ -61,6 +61,9 @@ class PageSource {
     static constexpr uint32_t kShiftUnit = 8;
     virtual uint32_t shift(int32_t, int32_t) const { return 0; }
 
+    // Whether reads of the page into `page` need no memory but a few blocks, however long they are.
+    virtual bool straight(int32_t, int32_t, const std::byte*) const { return false; }
+
     // Whether a chunk's `offset` is an address that stays valid and readable for ever.
     virtual bool in_memory() const { return false; }
     // Then: the ranges of memory the pages lie in, in any order.

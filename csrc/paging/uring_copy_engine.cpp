@@ -20,9 +20,9 @@ constexpr uint64_t kDelay = kWakeUp - 1;    // a chaos delay ran out; its read f
 // without spare places it has nothing to do during the copies. Four were no better than two.
 constexpr size_t kSparePlaces = 2;
 
-// What the ends of a shifted page's runs need, in one huge page for all flights: their whole bounce
-// buffers, 6 MiB for reads of 1 MiB, are only made when pages need them.
-constexpr size_t kEndBytes = 64 << 10;
+// What the ends of a straight page's runs need, in one huge page for all flights: their whole
+// bounce buffers, 6 MiB for reads of 1 MiB, are only made when pages need them.
+constexpr size_t kEndBytes = FileSource::kEndBytes;
 
 [[noreturn]] void fail(int error, const char* what) {
     throw std::system_error(error, std::generic_category(), what);
@@ -55,6 +55,7 @@ struct UringCopyEngine::Ring {
     Ring(std::shared_ptr<const FileSource> files, int queue_depth, size_t chunk_bytes)
         : source(std::move(files)),
           // A chunk ends on a multiple of chunk_bytes, so the blocks around it are no more than it.
+          // Longer ones are straight and need kEndBytes.
           bounce_bytes(chunk_bytes),
           depth(static_cast<size_t>(queue_depth)),
           flights(depth + kSparePlaces),

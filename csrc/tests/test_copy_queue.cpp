@@ -123,6 +123,36 @@ void the_first_error_ends_a_job() {
     CHECK_EQ(run(q), (std::vector<int32_t>{2, 2, 2, 2}));
 }
 
+void chunks_that_are_read_straight_are_longer() {
+    class Sized final : public PageSource {
+        std::vector<Chunk> chunks(int32_t, int32_t, size_t chunk_bytes) const override {
+            return {{0, 0, chunk_bytes, {}}};
+        }
+        bool straight(int32_t, int32_t expert, const std::byte*) const override {
+            return expert < 10;
+        }
+        uint64_t read(int32_t, int32_t, const Chunk&, std::byte*, Scratch&) const override {
+            return 0;
+        }
+    };
+    CopyQueue q(std::make_shared<Sized>(), 4096, 9);
+    const auto length = [&](int32_t expert, Priority priority, bool promoted = false) {
+        const auto one = job(expert, priority);
+        q.push(one);
+        if (promoted) q.promote(one);
+        const auto step = q.take();
+        CHECK(step && step->job == one);
+        const uint64_t nbytes = step->chunk->nbytes;
+        CHECK(q.finish(*step, nullptr, 0));
+        return nbytes;
+    };
+    CHECK_EQ(length(1, Priority::kDemand), 4096 * CopyQueue::kDemandChunks);
+    CHECK_EQ(length(2, Priority::kPrefetch, true), 4096 * CopyQueue::kDemandChunks);
+    CHECK_EQ(length(3, Priority::kPrefetch), 4096 * CopyQueue::kPrefetchChunks);
+    CHECK_EQ(length(11, Priority::kDemand), uint64_t{4096});
+    CHECK_EQ(length(12, Priority::kPrefetch), uint64_t{4096});
+}
+
 void an_unknown_page_is_one_step_with_an_error() {
     class Empty final : public PageSource {
         std::vector<Chunk> chunks(int32_t, int32_t, size_t) const override {
@@ -166,6 +196,7 @@ int main() {
     RUN(a_promoted_prefetch_is_a_demand);
     RUN(cancelling);
     RUN(the_first_error_ends_a_job);
+    RUN(chunks_that_are_read_straight_are_longer);
     RUN(an_unknown_page_is_one_step_with_an_error);
     RUN(chaos_reorders_delays_and_fails);
 }

@@ -151,6 +151,12 @@ void shifted_pages_bounce_at_their_ends_only() {
         HugeRegion memory(1 << 20), bounce(1 << 20);
         std::memset(memory.data(), 'x', memory.size());
         std::byte* page = memory.data() + 8192 + shift;
+        const bool straight = source.io_mode() == "buffered" || round % 3 == 0;
+        CHECK_EQ(source.straight(0, 0, page), straight);
+        if (source.io_mode() == "direct") CHECK(!source.straight(0, 0, page + 1));
+        if (straight)  // then reads may be as long as they like
+            for (const Chunk& chunk : source.chunks(0, 0, 1 << 20))
+                CHECK(source.bounce_bytes(chunk, page) <= 2 * runs * kEnds);
         uint64_t copied = 0;
         Scratch scratch;
         size_t pieces = 0;
