@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from harness import REPOSITORY, Row
 from limits import MemoryGroup, drop_page_cache, files_under
-from roofs import disk_sweep, memory_read
+from roofs import MEMORY_BYTES, disk_sweep, memory_read
 
 Isolation = Literal["auto", "group", "drop"]
 Command = list[str | Path]  # arguments of contenders.py
@@ -127,9 +127,11 @@ class Comparison:
                     )
                     self.turns.setdefault(name, []).append(turn)
                     if name == order[0]:
+                        sweep = (files, page_bytes, disk_seconds, 1000 * number)
                         self.roofs.append(
                             {
-                                "disk": disk_sweep(files, page_bytes, disk_seconds, 1000 * number),
+                                "disk": disk_sweep(*sweep),
+                                "disk_to_memory": disk_sweep(*sweep, MEMORY_BYTES),
                                 "memory_gb_per_s": memory_read(memory_bytes),
                             }
                         )

@@ -99,12 +99,14 @@ def _cpuinfo(key: str) -> str | None:
 
 
 def machine_name() -> str:
-    """A folder name for this kind of machine, such as "amd-epyc-avx2-2-cores".
+    """A folder name for this kind of machine, such as "amd-epyc-family-26-avx512-bf16-2-cores".
 
-    Virtual machines of different processors call them all "AMD EPYC"; what the kernels run at
-    depends on the widest instruction set there is, so that is in the name.
+    Virtual machines of different processors call them all "AMD EPYC": then the family tells them
+    apart (26 is Zen 5). What the kernels run at depends on the widest instruction set there is.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*", "", _cpu_model().lower())).strip("-")
+    if not re.search("[0-9]", slug) and (family := _cpuinfo("cpu family")):
+        slug += f"-family-{family}"
     cores = f"{len(os.sched_getaffinity(0))}-cores"
     return "-".join(filter(None, (slug, _widest_isa(), cores)))
 

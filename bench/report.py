@@ -42,11 +42,15 @@ def check_tokens(comparisons: list[Comparison]) -> int:
     return compared
 
 
-def best_disk(roofs: list[Row]) -> Row:
-    """The engine, chunk size and depth with the highest median over rounds: the disk's roof."""
+def best_disk(roofs: list[Row], kind: str = "disk") -> Row:
+    """The engine, chunk size and depth with the highest median over rounds: the disk's roof.
+
+    Of kind "disk" it reads into one buffer again and again, of kind "disk_to_memory" into memory
+    far larger than the caches, as anybody must who keeps what he reads.
+    """
     samples: dict[tuple[str, int, int], list[float]] = {}
     for roof in roofs:
-        for row in roof["disk"]:
+        for row in roof[kind]:
             setting = (row["engine"], row["chunk_bytes"], row["depth"])
             samples.setdefault(setting, []).append(row["gb_per_s"])
     (engine, chunk, depth), rates = max(samples.items(), key=lambda item: median(item[1]))
@@ -174,10 +178,14 @@ def check_targets(
 
     # Without a predictor: demand bytes over the time in which a demand copy was under way or the
     # model waited for one, over the fastest O_DIRECT setting of the same rounds.
+    # Held against the roof into one buffer; the note says what it is of the roof into memory.
+    to_memory = best_disk(quarter.roofs[1:], "disk_to_memory")["gb_per_s"]["median"]
     for phase in ("decode", "prefill"):
-        note = f"{rows[DEMAND][f'{phase}_gb_per_s']['median']:.2f} GB/s, predictor none"
+        speed = rows[DEMAND][f"{phase}_gb_per_s"]["median"]
+        note = f"{speed:.2f} GB/s, {100 * speed / to_memory:.0f} % of reads into memory"
         share = rows[DEMAND][f"{phase}_disk_roof_percent"] / 100
-        target(f"{phase}, 25%: demand reads / disk roof", share, 0.92, False, note)
+        for wanted in (0.85, 0.92):
+            target(f"{phase}, 25%: demand reads / disk roof", share, wanted, False, note)
 
     # A layer is one request of distinct pages, so each page may be missing once per prefill.
     prefill = [turn["prefill"]["stats"] for turn in paged]
@@ -268,10 +276,12 @@ COLUMNS = {
 def show(comparison: Comparison, rows: list[Row]) -> None:
     """Print one comparison's rows with the roofs of its rounds."""
     disk = best_disk(comparison.roofs[1:])
+    to_memory = best_disk(comparison.roofs[1:], "disk_to_memory")["gb_per_s"]["median"]
     memory = median(roof["memory_gb_per_s"] for roof in comparison.roofs[1:])
     print_table(rows, COLUMNS, f"Budget {comparison.budget}; {comparison.isolation}")
     setting = f"{disk['engine']}, {disk['chunk_bytes'] >> 10} KiB x {disk['depth']}"
     print(
-        f"  roofs: disk {disk['gb_per_s']['median']:.2f} GB/s (O_DIRECT, {setting}), "
+        f"  roofs: disk {disk['gb_per_s']['median']:.2f} GB/s (O_DIRECT, {setting}; "
+        f"into memory {to_memory:.2f}), "
         f"memory {memory:.1f} GB/s"
     )

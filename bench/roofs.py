@@ -30,6 +30,8 @@ BLOCK = 4096
 # Slices between a benchmark's turns: settings that saturated one disk or another.
 DEPTHS = (1, 2, 4, 8)
 CHUNK_BYTES = (1 << 20, 4 << 20)
+# Far larger than the caches, as what a pager reads into is.
+MEMORY_BYTES = 1 << 28
 # The sweep of this script, the evidence for the defaults of io_depth and chunk_bytes.
 SWEEP_CHUNKS = tuple(1 << power for power in (17, 18, 19, 20, 21, 22))
 SWEEP_DEPTHS = (1, 2, 4, 8, 16)
@@ -51,9 +53,11 @@ def disk_read(
     seed: int,
     engine: str = "threads",
     huge_pages: bool = True,
+    memory_bytes: int = 0,
 ) -> Row:
     """GB/s of O_DIRECT reads of random pages with `depth` chunks in flight, and CPU seconds per GB.
 
+    They go to one buffer for each read in flight, again and again, or round `memory_bytes`.
     Raises OSError where the file system has no O_DIRECT.
     """
     from moe_offload import _core
@@ -68,19 +72,29 @@ def disk_read(
         seed=seed,
         io_uring=engine == "io_uring",
         huge_pages=huge_pages,
+        memory_bytes=memory_bytes,
     )
     return {"gb_per_s": num_bytes / wall / 1e9, "cpu_s_per_gb": cpu / (num_bytes / 1e9)}
 
 
 def disk_sweep(
-    paths: Sequence[str | Path], page_bytes: int, seconds: float, seed: int
+    paths: Sequence[str | Path], page_bytes: int, seconds: float, seed: int, memory_bytes: int = 0
 ) -> list[Row]:
-    """One row per engine, chunk size and depth; `seconds` each."""
+    """One row per engine, chunk size and depth; `seconds` each; `memory_bytes` as in disk_read."""
     rows = []
     for engine in io_engines():
         for chunk_bytes in CHUNK_BYTES:
             for depth in DEPTHS:
-                row = disk_read(paths, page_bytes, chunk_bytes, depth, seconds, seed, engine)
+                row = disk_read(
+                    paths,
+                    page_bytes,
+                    chunk_bytes,
+                    depth,
+                    seconds,
+                    seed,
+                    engine,
+                    memory_bytes=memory_bytes,
+                )
                 rows.append({"engine": engine, "chunk_bytes": chunk_bytes, "depth": depth, **row})
                 seed += 1
     return rows
@@ -171,8 +185,9 @@ def _disk_table(paths: Sequence[Path], arguments: argparse.Namespace) -> list[Ro
         for depth in SWEEP_DEPTHS
         if 1 << 19 <= chunk * depth <= 1 << 24
     ]
-    settings += [  # what buffers of small pages cost
-        {"engine": engine, "chunk_bytes": 1 << 20, "depth": 4, "huge_pages": False}
+    settings += [  # what buffers of small pages cost, and what keeping the bytes does
+        {"engine": engine, "chunk_bytes": 1 << 20, "depth": 4, **other}
+        for other in ({"huge_pages": False}, {"huge_pages": True, "memory_bytes": MEMORY_BYTES})
         for engine in io_engines()
     ]
     samples: list[list[Row]] = [[] for _ in settings]

@@ -29,8 +29,9 @@ CPUINFO = "processor\t: 0\nmodel name\t: AMD EPYC 9B14 (Genoa) @ 2.6GHz\n"
 
 
 @pytest.mark.parametrize(
-    ("flags", "name"),
+    ("more", "name"),
     [
+        ("model name\t: AMD EPYC\ncpu family\t: 26\n", "amd-epyc-family-26-2-cores"),
         ("flags\t\t: fpu avx avx2 fma\n", "amd-epyc-9b14-avx2-2-cores"),
         ("flags\t\t: avx2 avx512f avx512bw\n", "amd-epyc-9b14-avx512-2-cores"),
         ("flags\t\t: avx2 avx512f avx512_bf16\n", "amd-epyc-9b14-avx512-bf16-2-cores"),
@@ -38,13 +39,14 @@ CPUINFO = "processor\t: 0\nmodel name\t: AMD EPYC 9B14 (Genoa) @ 2.6GHz\n"
         ("", "amd-epyc-9b14-2-cores"),  # no x86
     ],
 )
-def test_results_of_other_instruction_sets_have_another_folder(
-    monkeypatch: pytest.MonkeyPatch, flags: str, name: str
+def test_results_of_other_processors_have_another_folder(
+    monkeypatch: pytest.MonkeyPatch, more: str, name: str
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import harness
 
-    monkeypatch.setattr(harness.Path, "read_text", lambda _: CPUINFO + flags)
+    text = more if "model name" in more else CPUINFO + more
+    monkeypatch.setattr(harness.Path, "read_text", lambda _: text)
     monkeypatch.setattr(harness.os, "sched_getaffinity", lambda _: {0, 1})
     assert harness.machine_name() == name
 
