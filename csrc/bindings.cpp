@@ -128,13 +128,16 @@ std::vector<uint32_t> page_shifts(const PageSource& source, const std::vector<in
     return shifts;
 }
 
-std::shared_ptr<Pager> make_pager(
-    std::shared_ptr<PageSource> source, std::vector<int32_t> num_experts,
-    std::vector<std::string> layer_names, uintptr_t slots, size_t num_slots, size_t slot_stride,
-    const std::string& policy, const std::vector<std::pair<int32_t, int32_t>>& kept,
-    size_t admit_limit, const std::string& io_engine, int num_threads, int queue_depth,
-    size_t chunk_bytes, double wait_timeout_s, const CudaDevice* cuda, size_t page_bytes,
-    size_t copy_chunk_bytes, size_t host_bytes, bool pin_in_background, bool shift_pages) {
+std::shared_ptr<Pager> make_pager(std::shared_ptr<PageSource> source,
+                                  std::vector<int32_t> num_experts,
+                                  std::vector<std::string> layer_names, uintptr_t slots,
+                                  size_t num_slots, size_t slot_stride, const std::string& policy,
+                                  const std::vector<std::pair<int32_t, int32_t>>& kept,
+                                  size_t admit_limit, const std::string& io_engine, int num_threads,
+                                  int queue_depth, size_t chunk_bytes, double wait_timeout_s,
+                                  const CudaDevice* cuda, size_t page_bytes,
+                                  size_t copy_chunk_bytes, size_t host_bytes,
+                                  bool pin_in_background, bool shift_pages, bool swap_back) {
     if (num_experts.empty()) throw std::invalid_argument("Pager: expected at least one layer");
     if (num_threads < 1 || queue_depth < 1)
         throw std::invalid_argument("Pager: expected num_threads and queue_depth >= 1");
@@ -165,6 +168,16 @@ std::shared_ptr<Pager> make_pager(
     if (shift_pages)
         options.shifts = page_shifts(*source, options.num_experts, page_bytes, slot_stride);
     options.admit_limit = admit_limit;
+    if (swap_back && cuda)
+        throw std::invalid_argument(
+            "Pager: swap_back copies between host memories only; slots on a GPU cannot have it");
+    if (swap_back) {
+        if (page_bytes == 0 || page_bytes > slot_stride)
+            throw std::invalid_argument("Pager: expected page_bytes in [1, " +
+                                        std::to_string(slot_stride) + "] for swap_back, got " +
+                                        std::to_string(page_bytes));
+        options.swap_back = std::make_shared<SwapBack>(page_bytes);
+    }
     options.wait_timeout_ns = static_cast<int64_t>(wait_timeout_s * 1e9);
     auto rule = make_policy(policy, {.num_experts = options.num_experts,
                                      .num_slots = num_slots,
@@ -200,6 +213,7 @@ py::dict counters_dict(const Pager& pager) {
     put("prefetch_bytes_wasted", &LayerCounters::prefetch_bytes_wasted);
     put("fill_bytes", &LayerCounters::fill_bytes);
     put("disk_bytes", &LayerCounters::disk_bytes);
+    put("swap_back_bytes", &LayerCounters::swap_back_bytes);
     put("stall_ns", &LayerCounters::stall_ns);
     put("overlap_ns", &LayerCounters::overlap_ns);
     return result;
@@ -373,7 +387,7 @@ PYBIND11_MODULE(_core, m) {
              "io_engine"_a = "auto", "num_threads"_a = 4, "queue_depth"_a = 4,
              "chunk_bytes"_a = 1 << 20, "wait_timeout_s"_a = 120.0, "cuda"_a = nullptr,
              "page_bytes"_a = 0, "copy_chunk_bytes"_a = 8 << 20, "host_bytes"_a = 0,
-             "pin_in_background"_a = true, "shift_pages"_a = false)
+             "pin_in_background"_a = true, "shift_pages"_a = false, "swap_back"_a = false)
         .def(
             "acquire",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& experts,

@@ -144,6 +144,7 @@ class Pager:
         host_bytes: int = 0,
         pin_in_background: bool = True,
         shift_pages: bool = False,
+        swap_back: bool = False,
     ) -> None: ...
     def acquire(
         self,

@@ -119,6 +119,10 @@ class OffloadConfig:
             times as long when they are prefetched, sixteen times when they are demanded.
         direct_io: read checkpoints with O_DIRECT so that expert bytes stay out of the page cache;
             False reads through the page cache.
+        swap_back: send each page that loses its slot back to host memory before the next one comes,
+            as published caches do that swap experts. Nothing reads that copy: it is there for
+            comparisons with them (preset "cache-moe-swap-back"). Costs a page of memory for each
+            copy under way, outside device_budget. Not for a GPU.
         wait_timeout_s: no wait for a page lasts longer than this; a timeout raises.
     """
 
@@ -137,6 +141,7 @@ class OffloadConfig:
     io_depth: int = 4
     chunk_bytes: int = 1 << 20
     direct_io: bool = True
+    swap_back: bool = False
     wait_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -163,6 +168,11 @@ class OffloadConfig:
         if self.chunk_bytes < 4096 or self.chunk_bytes % 4096:
             raise ValueError(
                 f"chunk_bytes: expected a positive multiple of 4096, got {self.chunk_bytes}"
+            )
+        if self.swap_back and self.device != "cpu":
+            raise ValueError(
+                f'swap_back: only slots in host memory, device="cpu", can have it; got device='
+                f'{self.device!r}. Leave it out, or use preset="cache-moe".'
             )
         if not self.wait_timeout_s > 0:
             raise ValueError(f"wait_timeout_s: expected seconds > 0, got {self.wait_timeout_s}")

@@ -164,9 +164,10 @@ class Offloader:
 
         Counts are of distinct (layer, expert) pages per call of a layer. Keys: hits,
         demand_misses, joined_prefetches, hit_rate, hit_rate_without_prefetch, demand_bytes,
-        prefetch_bytes_used, prefetch_bytes_wasted, fill_bytes, disk_bytes, evictions, bypasses,
-        stall_seconds, overlap_seconds, device_budget_bytes, total_expert_bytes, num_slots,
-        num_pages, resident_pages, policy, lossy (what changes tokens; None: nothing does),
+        prefetch_bytes_used, prefetch_bytes_wasted, fill_bytes, disk_bytes, swap_back_bytes (of
+        pages sent back, see `OffloadConfig`), evictions, bypasses, stall_seconds, overlap_seconds,
+        device_budget_bytes, total_expert_bytes, num_slots, num_pages, resident_pages, policy,
+        lossy (what changes tokens; None: nothing does),
         expert_backend (several names when layers differ), weight_format of the pages ("plain",
         "mxfp4", "fp8_block", "int4_group"), io_mode, io_engine, io_fallback, files_deleted, and
         per_layer: the same for each layer, with its expert_backend, in passed_over why no faster

@@ -144,6 +144,7 @@ class ExpertPool:
             copy_chunk_bytes=self._config.copy_chunk_bytes,
             host_bytes=self._host_bytes,
             shift_pages=self.shifted,
+            swap_back=self._config.swap_back,
         )
 
     @property

@@ -37,6 +37,11 @@ PRESETS: dict[str, Preset] = {
         "mixtral-offloading 2312.17238, as ExpertFlow's Cache-MoE",
         {"policy": "lru-per-layer", "predictor": "none"},
     ),
+    "cache-moe-swap-back": Preset(
+        "cache-moe that copies each evicted expert back to host memory before the next one comes",
+        "mixtral-offloading 2312.17238, which swaps storages",
+        {"policy": "lru-per-layer", "predictor": "none", "swap_back": True},
+    ),
     "se-moe": Preset(
         "whole layers arrive in turn in a ring of slots",
         "SE-MoE 2205.10034",

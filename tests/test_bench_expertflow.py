@@ -78,9 +78,10 @@ def test_every_preset_is_a_row(data: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         assert 0 <= row["hit_rate_without_prefetch"] <= row["hit_rate"] <= 1
         assert row["distinct_per_step"] > 0
         assert row["belady_kb_per_token"] > 0
+        assert (row["swap_back_kb_per_token"] > 0) == (row["preset"] == "cache-moe-swap-back")
     assert {row["schedule"] for row in rows if row["preset"] == "expertflow"} == {"route"}

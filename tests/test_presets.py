@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moe_offload
+from moe_offload import _core
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import PredictorError
 from moe_offload.predictors.artefact import save_predictor
@@ -57,6 +58,38 @@ def test_every_preset_gives_the_resident_models_tokens(
         assert report.tokens == expected
         assert report.schedule == PRESETS[preset].schedule
         assert model.generate(ids, max_new_tokens=8, do_sample=False).tolist() == alone
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+def test_swapping_back_sends_what_every_copy_replaces_and_changes_nothing_else(
+    engine: str, tmp_path: Path
+) -> None:
+    """All copies but the first into each slot find a page there; decisions are cache-moe's."""
+    if engine == "io_uring" and (reason := _core.why_no_io_uring()):
+        pytest.skip(f"no io_uring here: {reason}")
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    found = {}
+    for preset in ("cache-moe", "cache-moe-swap-back"):
+        model = moe_offload.from_pretrained(
+            tmp_path, device_budget="30%", preset=preset, io_engine=engine
+        )
+        tokens = model.generate(prompt_ids(9), max_new_tokens=8, do_sample=False).tolist()
+        stats = moe_offload.get_offloader(model).stats()
+        assert stats["io_engine"] == engine
+        counts = {n: stats[n] for n in ("hits", "demand_misses", "evictions", "demand_bytes")}
+        found[preset] = stats, (tokens, counts)
+    assert found["cache-moe"][1] == found["cache-moe-swap-back"][1]
+    assert found["cache-moe"][0]["swap_back_bytes"] == 0
+    stats = found["cache-moe-swap-back"][0]
+    page = stats["demand_bytes"] // stats["demand_misses"]
+    replaced = stats["demand_misses"] - stats["resident_pages"]
+    assert stats["swap_back_bytes"] == replaced * page > 0
+    assert sum(row["swap_back_bytes"] for row in stats["per_layer"]) == stats["swap_back_bytes"]
+
+
+def test_pages_on_a_gpu_are_not_swapped_back() -> None:
+    with pytest.raises(ValueError, match='swap_back: only slots in host memory, device="cpu"'):
+        OffloadConfig.from_options(preset="cache-moe-swap-back", device="cuda")
 
 
 def test_the_ring_moves_layers_whatever_is_routed() -> None:

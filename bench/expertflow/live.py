@@ -31,7 +31,7 @@ import numpy as np
 from harness import RESULTS, Row, environment, machine_name, median, pin_to_cores, print_table
 from workloads import WORKLOADS, prompts
 
-PRESETS = ("cache-moe", "se-moe", "pregated-moe", "expertflow", "auto")
+PRESETS = ("cache-moe", "cache-moe-swap-back", "se-moe", "pregated-moe", "expertflow", "auto")
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ def _row(
         "demand_kb_per_token": counters["demand_bytes"] / tokens / 1e3,
         "wasted_kb_per_token": counters["prefetch_bytes_wasted"] / tokens / 1e3,
         "total_kb_per_token": (counters["demand_bytes"] + moved) / tokens / 1e3,
+        "swap_back_kb_per_token": counters["swap_back_bytes"] / tokens / 1e3,
         "stall_ms_per_token": 1e3 * counters["stall_seconds"] / tokens,
         "distinct_per_step": sum(r.distinct_experts for r in reports) / steps,
         "distinct_per_step_in_order": sum(r.distinct_experts for r in resident)
@@ -203,6 +204,7 @@ COLUMNS = {
     "demand_kb_per_token": "demand kB/tok",
     "wasted_kb_per_token": "wasted kB/tok",
     "total_kb_per_token": "total kB/tok",
+    "swap_back_kb_per_token": "back kB/tok",
     "stall_ms_per_token": "stall ms/tok",
     "belady_kb_per_token": "Belady kB/tok",
     "distinct_per_step": "distinct/step",

@@ -21,19 +21,21 @@
 
 #include "fence.h"
 #include "page_source.h"
+#include "swap_back.h"
 
 namespace moe_offload {
 
 enum class Priority { kDemand, kPrefetch };
 
 struct CopyResult {
-    std::exception_ptr error;  // null on success; the first error of the job's chunks
-    bool cancelled = false;    // stopped between chunks; the slot holds garbage
-    uint64_t bytes = 0;        // page bytes moved
-    uint64_t disk_bytes = 0;   // bytes read from storage, alignment included
-    int64_t begin_ns = 0;      // first chunk started (steady clock)
-    int64_t end_ns = 0;        // last chunk finished
-    FencePtr fence;            // null: the bytes have landed; also behind a copy that was stopped
+    std::exception_ptr error;      // null on success; the first error of the job's chunks
+    bool cancelled = false;        // stopped between chunks; the slot holds garbage
+    uint64_t bytes = 0;            // page bytes moved
+    uint64_t disk_bytes = 0;       // bytes read from storage, alignment included
+    uint64_t swap_back_bytes = 0;  // sent back before the slot was written
+    int64_t begin_ns = 0;          // first chunk started (steady clock)
+    int64_t end_ns = 0;            // last chunk finished
+    FencePtr fence;  // null: the bytes have landed; also behind a copy that was stopped
 };
 
 // One page on its way into one slot. Filled in by the pager, then owned by the engine until done.
@@ -46,13 +48,18 @@ struct CopyJob {
     // Runs once when the fence of a successful result has passed, after on_done, likewise.
     std::function<void(const CopyResult&)> on_landed;
     std::vector<FencePtr> after;  // the slot may not be written before these have passed
+    // The page that is sent back before the slot is written, and where to. Null: none. Host engines
+    // only; they null `leaving` when it is done.
+    const std::byte* leaving = nullptr;
+    std::shared_ptr<SwapBack> swap_back;
 
     // Engine state, guarded by the engine's lock.
     std::vector<Chunk> chunks;
     size_t next_chunk = 0;
     size_t chunks_in_flight = 0;
     bool planned = false;
-    bool stopped = false;  // cancelled or failed: no further chunk starts
+    bool sending_back = false;  // on a worker, in no queue
+    bool stopped = false;       // cancelled or failed: no further chunk starts
     CopyResult result;
 };
 

@@ -22,15 +22,17 @@ void CopyQueue::promote(const std::shared_ptr<CopyJob>& job) {
     if (job->priority == Priority::kDemand) return;
     job->priority = Priority::kDemand;
     const auto found = std::find(prefetch_.begin(), prefetch_.end(), job);
-    if (found == prefetch_.end()) return;  // all its chunks have started
+    if (found == prefetch_.end()) return;  // all its chunks have started, or it comes back to queue
     prefetch_.erase(found);
     demand_.push_back(job);
 }
 
 CopyEngine::Cancelled CopyQueue::cancel(const std::shared_ptr<CopyJob>& job) {
     const auto found = std::find(prefetch_.begin(), prefetch_.end(), job);
-    if (found == prefetch_.end()) return CopyEngine::Cancelled::kTooLate;
-    prefetch_.erase(found);
+    const bool sending_back =
+        job->sending_back && !job->stopped && job->priority == Priority::kPrefetch;
+    if (found == prefetch_.end() && !sending_back) return CopyEngine::Cancelled::kTooLate;
+    if (found != prefetch_.end()) prefetch_.erase(found);
     if (job->chunks_in_flight == 0) return CopyEngine::Cancelled::kGone;
     job->stopped = true;
     job->result.cancelled = true;
@@ -58,9 +60,12 @@ std::optional<CopyQueue::Step> CopyQueue::take() {
     Step step;
     step.job = jobs.front();
     CopyJob& job = *step.job;
-    if (!job.planned) {
+    if (job.result.begin_ns == 0) job.result.begin_ns = now_ns();
+    step.send_back = job.leaving != nullptr;
+    if (step.send_back) {
+        job.sending_back = true;
+    } else if (!job.planned) {
         job.planned = true;
-        job.result.begin_ns = now_ns();
         try {
             size_t nbytes = chunk_bytes_;
             if (source_->straight(job.layer, job.expert, job.slot))
@@ -74,11 +79,11 @@ std::optional<CopyQueue::Step> CopyQueue::take() {
         }
     }
     if (job.next_chunk < job.chunks.size()) step.chunk = &job.chunks[job.next_chunk++];
-    if (job.next_chunk >= job.chunks.size()) remove(step.job);
+    if (job.next_chunk >= job.chunks.size()) remove(step.job);  // also while it sends back
     ++job.chunks_in_flight;
     step.prefetch = job.priority == Priority::kPrefetch;
     if (step.prefetch) ++prefetch_in_flight_;
-    if (step.chunk != nullptr && chaos_.max_delay_us > 0)
+    if ((step.chunk != nullptr || step.send_back) && chaos_.max_delay_us > 0)
         step.delay_us = std::uniform_int_distribution<int64_t>(0, chaos_.max_delay_us)(random_);
     return step;
 }
@@ -98,6 +103,15 @@ std::function<void()> CopyQueue::finish(const Step& step, std::exception_ptr err
         job.result.error = error;
         job.stopped = true;
         remove(step.job);
+    }
+    if (step.send_back) {
+        job.sending_back = false;
+        if (!error) job.result.swap_back_bytes = job.swap_back->page_bytes();
+        job.leaving = nullptr;
+        if (!job.stopped) {
+            (job.priority == Priority::kDemand ? demand_ : prefetch_).push_front(step.job);
+            return nullptr;
+        }
     }
     const bool all_started = job.stopped || job.next_chunk >= job.chunks.size();
     if (job.chunks_in_flight > 0 || !all_started) return nullptr;

@@ -5,6 +5,9 @@
 // `max_prefetch_chunks` of prefetches are in flight, which leaves a demand that many chunks to wait
 // for and no more, however deep the queue of demands is allowed to be.
 //
+// A job that has a page to send back is first handed out for that alone, and its chunks when that
+// is done: the page may lie anywhere in the slot, under any of them.
+//
 // Holds no lock: the engine's mutex guards it and every job in it.
 #pragma once
 
@@ -23,11 +26,12 @@ class CopyQueue {
     // cores compute (docs/architecture.md, *Bytes*). Those of prefetches are in a demand's way.
     static constexpr size_t kDemandChunks = 16, kPrefetchChunks = 4;
 
-    // One chunk to copy. Without a chunk there is nothing to copy (an empty page, or `error`):
-    // finish it at once.
+    // One chunk to copy, or the page to send back (`send_back`, no chunk). With neither there is
+    // nothing to copy (an empty page, or `error`): finish it at once.
     struct Step {
         std::shared_ptr<CopyJob> job;
         const Chunk* chunk = nullptr;
+        bool send_back = false;
         std::exception_ptr error;
         int64_t delay_us = 0;   // chaos: wait before copying
         bool prefetch = false;  // counts against max_prefetch_chunks until arrived or finished
@@ -48,7 +52,7 @@ class CopyQueue {
     // The step's read has ended, so no demand waits for it; finish follows.
     void arrived(Step& step);
     // Books a step that ended. Returns the job's report when it was the last one: the caller runs
-    // it with no lock held.
+    // it with no lock held. After sending back, chunks of the job may start.
     std::function<void()> finish(const Step& step, std::exception_ptr error, uint64_t disk_bytes);
 
   private:

@@ -22,6 +22,8 @@ struct LayerCounters {
     uint64_t prefetch_bytes_wasted = 0;  // evicted or cancelled before any use
     uint64_t fill_bytes = 0;             // initial fill, asked for by the user
     uint64_t disk_bytes = 0;             // read from storage for all of these, alignment included
+    // Sent back to the host: whole pages whose slots these overwrote, see SwapBack.
+    uint64_t swap_back_bytes = 0;
     // Time.
     uint64_t stall_ns = 0;    // the caller waited in Ticket::next
     uint64_t overlap_ns = 0;  // demand copies were under way and the caller was not waiting

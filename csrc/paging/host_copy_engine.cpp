@@ -65,18 +65,19 @@ void HostCopyEngine::work() {
         lock.unlock();
         std::exception_ptr error = step.error;
         uint64_t disk_bytes = 0;
-        if (step.chunk != nullptr) {
-            try {
-                if (step.delay_us > 0)
-                    std::this_thread::sleep_for(std::chrono::microseconds(step.delay_us));
+        try {
+            if (step.delay_us > 0)
+                std::this_thread::sleep_for(std::chrono::microseconds(step.delay_us));
+            if (step.send_back) step.job->swap_back->send(step.job->leaving);
+            if (step.chunk != nullptr)
                 disk_bytes = source_->read(step.job->layer, step.job->expert, *step.chunk,
                                            step.job->slot, scratch);
-            } catch (...) {
-                error = std::current_exception();
-            }
+        } catch (...) {
+            error = std::current_exception();
         }
         lock.lock();
-        if (step.prefetch) work_ready_.notify_one();  // another prefetch chunk may start
+        if (step.send_back) work_ready_.notify_all();  // its chunks may start
+        if (step.prefetch) work_ready_.notify_one();   // another prefetch chunk may start
         if (const auto report = queue_.finish(step, error, disk_bytes)) {
             lock.unlock();
             report();

@@ -41,6 +41,7 @@ Pager::Pager(PagerOptions options, std::unique_ptr<EvictionPolicy> policy,
       loads_(options_.num_experts.size() * static_cast<size_t>(experts_per_layer_)),
       uses_(options_.num_slots),
       slot_shifts_(options_.num_slots, 0),
+      whole_(options_.swap_back ? options_.num_slots : 0, nullptr),
       counters_(options_.num_experts.size()),
       visits_(options_.num_experts.size(), 0),
       seen_(loads_.size(), 0),
@@ -306,6 +307,10 @@ void Pager::start(const std::shared_ptr<Load>& load) {
     if (!options_.shifts.empty()) slot_shifts_[slot] = options_.shifts[load->page];
     job->slot = options_.slots + slot * options_.slot_stride + slot_shifts_[slot];
     job->priority = load->cause == Load::Cause::kDemand ? Priority::kDemand : Priority::kPrefetch;
+    if (options_.swap_back) {
+        job->leaving = std::exchange(whole_[slot], nullptr);
+        job->swap_back = options_.swap_back;
+    }
     const SlotUse& use = uses_[slot];
     if (use.written) job->after.push_back(use.written);
     for (const auto& [stream, fence] : use.read) job->after.push_back(fence);
@@ -342,6 +347,11 @@ void Pager::settle(const std::shared_ptr<Load>& load, PageIndex page, SlotIndex 
     const bool failed = result.error != nullptr || result.cancelled;
     LayerCounters& counters = counters_[static_cast<size_t>(layer_of(page))];
     counters.disk_bytes += result.disk_bytes;
+    counters.swap_back_bytes += result.swap_back_bytes;
+    if (options_.swap_back && !failed)
+        whole_[static_cast<size_t>(slot)] = options_.slots +
+                                            static_cast<size_t>(slot) * options_.slot_stride +
+                                            slot_shifts_[static_cast<size_t>(slot)];
     if (cause == Load::Cause::kDemand)
         counters.demand_bytes += result.bytes;
     else if (cause == Load::Cause::kFill)

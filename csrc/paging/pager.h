@@ -56,6 +56,9 @@ struct PagerOptions {
     // the slot's start. See PageSource::shift.
     std::vector<uint32_t> shifts;
     size_t admit_limit = 0;  // misses of one ticket that may stay; 0: default_admit_limit
+    // Each copy into a slot that holds a page first sends that one there; null: nothing goes back.
+    // Engines of devices do not.
+    std::shared_ptr<SwapBack> swap_back;
     int64_t wait_timeout_ns = 120'000'000'000;
 };
 
@@ -209,6 +212,9 @@ class Pager : public std::enable_shared_from_this<Pager> {
     };
     std::vector<SlotUse> uses_;          // [num_slots]
     std::vector<uint32_t> slot_shifts_;  // [num_slots]
+    // [num_slots]: the page whose bytes a slot holds whole, evicted or not, where it begins; null:
+    // none, or it is on its way back. Only kept for swap_back.
+    std::vector<const std::byte*> whole_;
     std::deque<std::weak_ptr<Load>> prefetching_;
     // Misses that found no slot because other tickets pin them all, first come first served.
     std::deque<std::pair<Ticket*, int32_t>> starved_;

@@ -150,6 +150,8 @@ bool Pager::cancel(const std::shared_ptr<Load>& load) {
         LayerCounters& counters = counters_[static_cast<size_t>(layer_of(load->page))];
         counters.prefetch_bytes_wasted += load->job->result.bytes;
         counters.disk_bytes += load->job->result.disk_bytes;
+        counters.swap_back_bytes += load->job->result.swap_back_bytes;
+        if (load->job->leaving) whole_[static_cast<size_t>(load->slot)] = load->job->leaving;
         --num_in_flight_;
         table_.unpin(load->slot);
         changed_.notify_all();

@@ -197,7 +197,18 @@ void UringCopyEngine::work() {
             auto step = queue_.take();
             if (!step) break;
             if (step->chunk == nullptr) {
-                finish(*step, step->error, 0);
+                std::exception_ptr error = step->error;
+                if (step->send_back) {
+                    lock.unlock();
+                    io_uring_submit(&ring.ring);  // what was started reads meanwhile
+                    try {
+                        step->job->swap_back->send(step->job->leaving);
+                    } catch (...) {
+                        error = std::current_exception();
+                    }
+                    lock.lock();
+                }
+                finish(*step, error, 0);
                 continue;
             }
             const size_t number = ring.idle.back();

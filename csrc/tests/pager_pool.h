@@ -23,12 +23,14 @@ inline constexpr size_t kStride = 128;  // room for shifts of up to 64
 struct Pool {
     std::shared_ptr<FakeSource> source = std::make_shared<FakeSource>(kBytes, 2);
     std::vector<std::byte> slots;
+    std::mutex mutex;
+    std::vector<std::pair<int32_t, int32_t>> sent_back;  // guarded by mutex
     std::shared_ptr<Pager> pager;
 
     explicit Pool(size_t num_slots, int layers = 2, int experts = 8, int threads = 2,
                   size_t admit_limit = 0, const std::string& policy = "lru",
                   std::vector<PageIndex> kept = {}, int64_t timeout_ms = 20'000,
-                  bool shifted = false)
+                  bool shifted = false, bool swap_back = false)
         : slots(num_slots * kStride, std::byte{0}) {
         PagerOptions options;
         options.num_experts.assign(size_t(layers), experts);
@@ -41,6 +43,11 @@ struct Pool {
                 for (int32_t expert = 0; expert < experts; ++expert)
                     options.shifts.push_back(source->shift(layer, expert));
         options.admit_limit = admit_limit;
+        if (swap_back)
+            options.swap_back = std::make_shared<SwapBack>(
+                kBytes, [this, layers, experts](const std::byte* page, const std::byte* copy) {
+                    note_sent_back(page, copy, layers, experts);
+                });
         options.wait_timeout_ns = timeout_ms * 1'000'000;
         const PolicySetting setting{.num_experts = options.num_experts,
                                     .num_slots = num_slots,
@@ -56,6 +63,19 @@ struct Pool {
         return FakeSource::holds(
             slots.data() + size_t(slot) * kStride + (shifts ? shifts[slot] : 0), kBytes, layer,
             expert);
+    }
+
+    // What leaves must be one page's bytes, from its first to its last, and be in the slot still.
+    void note_sent_back(const std::byte* page, const std::byte* copy, int layers, int experts) {
+        CHECK(std::memcmp(page, copy, kBytes) == 0);
+        for (int32_t layer = 0; layer < layers; ++layer)
+            for (int32_t expert = 0; expert < experts; ++expert)
+                if (FakeSource::holds(copy, kBytes, layer, expert)) {
+                    const std::lock_guard lock(mutex);
+                    sent_back.emplace_back(layer, expert);
+                    return;
+                }
+        CHECK(!"a whole page was sent back");
     }
 
     // One layer's forward: every page must arrive once and stay intact until it is released.

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <future>
 #include <semaphore>
+#include <set>
 
 #include "check.h"
 #include "paging/errors.h"
@@ -87,6 +88,55 @@ void pages_arrive_whole(const Fixture& files) {
         CHECK(result.begin_ns <= result.end_ns);
         CHECK(files.holds(copies[size_t(page)]->slot, page));
     }
+}
+
+// The page in a slot leaves whole before a byte of the next one comes, wherever in the slot both
+// begin; also of jobs that are cancelled or fail after that.
+void what_lay_in_the_slot_is_sent_back_first(const Fixture& files) {
+    const auto engine = files.engine(3);
+    engine->set_chaos({.seed = 3, .max_delay_us = 200, .reorder = true, .fail_probability = 0.1});
+    constexpr size_t kLeaving = 3 * kChunk + 5;
+    std::atomic<uint64_t> sent = 0;
+    const auto swap_back =
+        std::make_shared<SwapBack>(kLeaving, [&](const std::byte* page, const std::byte* copy) {
+            CHECK(std::memcmp(page, copy, kLeaving) == 0);
+            for (size_t i = 0; i < kLeaving; ++i) CHECK(copy[i] == std::byte{0xee});
+            sent += kLeaving;
+        });
+    std::mt19937 random(5);
+    Copies copies;
+    uint64_t counted = 0;
+    std::set<size_t> gone;
+    for (int32_t i = 0; i < 200; ++i) {
+        copies.push_back(std::make_unique<Copy>(
+            i % kPages, i % 2 == 0 ? Priority::kPrefetch : Priority::kDemand));
+        const auto& job = copies.back()->job;
+        job->leaving = copies.back()->slot.data() + random() % (kPageBytes - kLeaving);
+        job->swap_back = swap_back;
+        engine->submit(job);
+        const size_t other = random() % copies.size();
+        if (i % 5 == 0) engine->promote(copies[other]->job);
+        if (i % 3 == 0 && engine->cancel(copies[other]->job) == CopyEngine::Cancelled::kGone) {
+            const CopyJob& unsent = *copies[other]->job;
+            CHECK_EQ(unsent.leaving == nullptr, unsent.result.swap_back_bytes == kLeaving);
+            counted += unsent.result.swap_back_bytes;
+            gone.insert(other);
+        }
+    }
+    int failed = 0;
+    for (size_t i = 0; i < copies.size(); ++i) {
+        if (gone.contains(i)) continue;
+        const CopyResult result = copies[i]->wait();
+        CHECK_EQ(result.swap_back_bytes, kLeaving);
+        counted += kLeaving;
+        failed += result.error != nullptr;
+        if (result.error || result.cancelled) continue;
+        CHECK_EQ(result.bytes, kPageBytes);
+        CHECK(files.holds(copies[i]->slot, copies[i]->job->expert));
+    }
+    engine->stop();
+    CHECK_EQ(counted, sent.load());
+    CHECK(failed > 0 && !gone.empty());
 }
 
 // The engine is held in a report, so what is queued behind is decided before any of it starts.
@@ -241,6 +291,8 @@ int main() {
             check::run("pages_arrive_whole", with_files(pages_arrive_whole));
             check::run("demands_and_promoted_prefetches_go_first",
                        with_files(demands_and_promoted_prefetches_go_first));
+            check::run("what_lay_in_the_slot_is_sent_back_first",
+                       with_files(what_lay_in_the_slot_is_sent_back_first));
             check::run("each_job_is_reported_once_or_gone",
                        with_files(each_job_is_reported_once_or_gone));
             check::run("a_changed_file_is_an_error_and_the_engine_goes_on",

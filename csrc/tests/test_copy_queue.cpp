@@ -108,6 +108,46 @@ void cancelling() {
     CHECK_EQ(run(q), (std::vector<int32_t>{3, 3}));
 }
 
+// No chunk of a job starts before the page in its slot is away; it may be promoted or cancelled
+// meanwhile.
+void a_page_is_sent_back_before_the_next_one_comes() {
+    CopyQueue q = queue(2);
+    const auto swap_back = std::make_shared<SwapBack>(kBytes);
+    std::byte slot[kBytes] = {};
+    const auto swapping = [&](int32_t expert) {
+        auto prefetch = job(expert, Priority::kPrefetch);
+        prefetch->leaving = slot;
+        prefetch->swap_back = swap_back;
+        q.push(prefetch);
+        return prefetch;
+    };
+    const auto promoted = swapping(1), cancelled = swapping(2);
+    const auto a = q.take(), b = q.take();
+    CHECK(a->send_back && b->send_back && a->chunk == nullptr);
+    CHECK(!q.take());  // both pages are on their way out
+    q.push(job(3, Priority::kDemand));
+    q.promote(promoted);
+    CHECK(q.cancel(promoted) == CopyEngine::Cancelled::kTooLate);
+    CHECK(q.cancel(cancelled) == CopyEngine::Cancelled::kWillReport);
+    CHECK(q.cancel(cancelled) == CopyEngine::Cancelled::kTooLate);
+    CHECK(!q.finish(*a, nullptr, 0));
+    CHECK(q.finish(*b, nullptr, 0) != nullptr);
+    CHECK(cancelled->result.cancelled);
+    CHECK_EQ(cancelled->result.swap_back_bytes, kBytes);
+    CHECK_EQ(cancelled->result.bytes, 0u);
+    CHECK_EQ(run(q), (std::vector<int32_t>{1, 1, 3, 3}));
+
+    const auto unsent = swapping(4);
+    CHECK(q.cancel(unsent) == CopyEngine::Cancelled::kGone);
+    CHECK(unsent->leaving == slot);  // the page is in the slot still
+    const auto failing = swapping(5);
+    const auto step = q.take();
+    CHECK(q.finish(*step, std::make_exception_ptr(std::bad_alloc()), 0) != nullptr);
+    CHECK(failing->result.error);
+    CHECK_EQ(failing->result.swap_back_bytes, 0u);
+    CHECK(!q.take());
+}
+
 void the_first_error_ends_a_job() {
     CopyQueue q = queue(4);
     const auto bad = job(1, Priority::kDemand), good = job(2, Priority::kDemand);
@@ -195,6 +235,7 @@ int main() {
     RUN(a_read_that_has_arrived_makes_room_for_the_next_prefetch);
     RUN(a_promoted_prefetch_is_a_demand);
     RUN(cancelling);
+    RUN(a_page_is_sent_back_before_the_next_one_comes);
     RUN(the_first_error_ends_a_job);
     RUN(chunks_that_are_read_straight_are_longer);
     RUN(an_unknown_page_is_one_step_with_an_error);

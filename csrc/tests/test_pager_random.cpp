@@ -16,7 +16,8 @@ namespace {
 // A plain list of pages, least recently used first, is the oracle of what must be resident.
 void residents_agree_with_a_textbook_lru() {
     constexpr size_t kSlots = 7;
-    Pool pool(kSlots, 3, 8, 2, kSlots);  // no admission limit
+    // No admission limit. What is evicted is sent back, and nothing else.
+    Pool pool(kSlots, 3, 8, 2, kSlots, "lru", {}, 20'000, true, true);
     std::list<std::pair<int32_t, int32_t>> oracle;
     uint64_t hits = 0, evictions = 0;
     std::mt19937 random(11);
@@ -39,14 +40,20 @@ void residents_agree_with_a_textbook_lru() {
             oracle.erase(found);
             oracle.emplace_back(layer, expert);
         }
+        std::vector<std::pair<int32_t, int32_t>> evicted;
         for (const int32_t expert : missed) {
-            if (oracle.size() == kSlots) oracle.pop_front(), ++evictions;
+            if (oracle.size() == kSlots) evicted.push_back(oracle.front()), oracle.pop_front();
             oracle.emplace_back(layer, expert);
         }
+        evictions += evicted.size();
+        std::sort(evicted.begin(), evicted.end());
+        std::sort(pool.sent_back.begin(), pool.sent_back.end());
+        CHECK_EQ(std::exchange(pool.sent_back, {}), evicted);
         CHECK_EQ(pool.residents(), Pages(oracle.begin(), oracle.end()));
     }
     CHECK_EQ(pool.total().hits, hits);
     CHECK_EQ(pool.total().evictions, evictions);
+    CHECK_EQ(pool.total().swap_back_bytes, evictions * kBytes);
 }
 
 // The same requests under different timing: the same decisions, counters and residents.
@@ -55,7 +62,7 @@ void decisions_do_not_depend_on_timing() {
         std::vector<LayerCounters> reference;
         Pages residents;
         for (const uint64_t seed : {0u, 1u, 2u}) {
-            Pool pool(5, 3, 8, seed == 2 ? 1 : 3, 0, policy, {1, 9});
+            Pool pool(5, 3, 8, seed == 2 ? 1 : 3, 0, policy, {1, 9}, 20'000, false, true);
             if (seed > 0) pool.pager->set_chaos({seed, 100, true, 0.0}, 0.0);
             std::mt19937 random(5);
             for (int step = 0; step < 200; ++step) {
@@ -70,6 +77,7 @@ void decisions_do_not_depend_on_timing() {
             CHECK(std::memcmp(counters.data(), reference.data(),
                               counters.size() * sizeof(LayerCounters)) == 0);
             CHECK_EQ(pool.residents(), residents);
+            CHECK(pool.total().swap_back_bytes > 0);
         }
     }
 }
@@ -79,7 +87,8 @@ void decisions_do_not_depend_on_timing() {
 // hundred copies, and at 0.2 the chance is that to the power of four (0.8 = 0.95^4.35).
 void random_requests_under_hostile_timing(int threads, size_t slots, const std::string& policy,
                                           double fail, int steps, bool shifted) {
-    Pool pool(slots, 3, 8, 3, 0, policy, {0, 8}, 20'000, shifted);
+    const bool swap_back = slots % 4 == 2 || slots == 24;
+    Pool pool(slots, 3, 8, 3, 0, policy, {0, 8}, 20'000, shifted, swap_back);
     pool.pager->set_chaos({slots, 30, true, fail}, 0.05);
     std::atomic<int> failures = 0;
     std::vector<std::thread> workers;
@@ -126,6 +135,8 @@ void random_requests_under_hostile_timing(int threads, size_t slots, const std::
     }
     const LayerCounters sum = pool.total();
     CHECK_EQ(sum.lookups, sum.hits + sum.joined_prefetches + sum.demand_misses);
+    CHECK_EQ(sum.swap_back_bytes, pool.sent_back.size() * kBytes);
+    CHECK_EQ(sum.swap_back_bytes > 0, swap_back);
     for (int32_t layer = 0; layer < 3; ++layer) pool.forward(layer, {0, 1, 2, 3, 4, 5, 6, 7});
 }
 

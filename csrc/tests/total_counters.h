@@ -13,7 +13,8 @@ inline LayerCounters total_counters(const Pager& pager) {
               &LayerCounters::joined_prefetches, &LayerCounters::demand_misses,
               &LayerCounters::bypasses, &LayerCounters::evictions, &LayerCounters::demand_bytes,
               &LayerCounters::prefetch_bytes_used, &LayerCounters::prefetch_bytes_wasted,
-              &LayerCounters::fill_bytes, &LayerCounters::stall_ns})
+              &LayerCounters::fill_bytes, &LayerCounters::swap_back_bytes,
+              &LayerCounters::stall_ns})
             sum.*field += layer.*field;
     return sum;
 }
