@@ -165,7 +165,7 @@ void UseForecast::continue_row(size_t layer, size_t row, size_t num_experts) {
     std::array<float, kAhead.size()> total{};
     for (const auto& neighbour : neighbours) {
         const float weight =
-            neighbour_weight(neighbours[0].similarity - neighbour.similarity, num_experts);
+            neighbour_weight_(neighbours[0].similarity - neighbour.similarity, num_experts);
         std::array<PathMemory::Entry, kHorizon> after;  // as far as it is known
         size_t last = 0;
         for (auto entry = memory_.next(neighbour.entry); entry != memory_.none() && last < kHorizon;

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 
 #include "path_memory.h"
@@ -53,6 +54,7 @@ class UseForecast {
 
     const size_t num_layers_, stride_;
     PathMemory memory_;
+    NeighbourWeight neighbour_weight_;
     uint64_t step_ = ~uint64_t{0};
     std::array<float, kHalfLives.size()> gain_;
     // Arrays over the experts of a layer lie side by side, so that loops over them are vector code.
@@ -126,7 +128,8 @@ class Learned final : public KeepsPrefetched {
         : KeepsPrefetched(setting),
           forecast_(setting),
           slots_(setting.num_slots),
-          resident_(setting.num_pages(), false),
+          words_((stride_ + 63) / 64),
+          resident_(setting.num_layers() * words_, 0),
           lowest_(setting.num_layers(), kNoPage),
           known_(setting.num_layers(), true) {
         for (int32_t ahead = 0; ahead <= num_layers_; ++ahead)
@@ -144,7 +147,7 @@ class Learned final : public KeepsPrefetched {
     }
     void insert(PageIndex page) override {
         KeepsPrefetched::insert(page);
-        resident_[page] = true;
+        residents_of(page) |= bit_of(page);
         known_[layer_index(page)] = false;
     }
     void touch(PageIndex page) override {
@@ -153,7 +156,7 @@ class Learned final : public KeepsPrefetched {
     }
     void erase(PageIndex page) override {
         KeepsPrefetched::erase(page);
-        resident_[page] = false;
+        residents_of(page) &= ~bit_of(page);
         if (lowest_[layer_index(page)] == page) known_[layer_index(page)] = false;
     }
     // As Ranked's, by layers: within one the order changes at its own calls only, so each keeps its
@@ -189,6 +192,10 @@ class Learned final : public KeepsPrefetched {
     }
 
   private:
+    uint64_t& residents_of(PageIndex page) {
+        return resident_[layer_index(page) * words_ + page % stride_ / 64];
+    }
+    uint64_t bit_of(PageIndex page) const { return uint64_t{1} << (page % stride_ % 64); }
     size_t layer_index(PageIndex page) const { return static_cast<size_t>(layer_of(page)); }
     double demand_worth(PageIndex page) const override { return forecast(page); }
     bool demand_admits(PageIndex incoming, PageIndex victim) const override {
@@ -204,24 +211,28 @@ class Learned final : public KeepsPrefetched {
         PageIndex lowest = kNoPage;
         float lowest_worth = 0.0F;
         const auto first = static_cast<PageIndex>(layer) * stride_;
-        for (PageIndex page = first; page < first + stride_; ++page) {
-            if (!resident_[page] || is_ahead(page)) continue;
-            const float worth = std::max(forecast_.worth(page), float(kLeastWorth));
-            if (lowest != kNoPage && (worth > lowest_worth ||
-                                      (worth == lowest_worth && last_use(page) > last_use(lowest))))
-                continue;
-            if (may_evict && !(*may_evict)(page)) continue;
-            lowest = page;
-            lowest_worth = worth;
-        }
+        for (size_t word = 0; word < words_; ++word)
+            for (uint64_t bits = resident_[layer * words_ + word]; bits != 0; bits &= bits - 1) {
+                const auto page =
+                    static_cast<PageIndex>(first + word * 64 + std::countr_zero(bits));
+                if (is_ahead(page)) continue;
+                const float worth = std::max(forecast_.worth(page), float(kLeastWorth));
+                if (lowest != kNoPage &&
+                    (worth > lowest_worth ||
+                     (worth == lowest_worth && last_use(page) > last_use(lowest))))
+                    continue;
+                if (may_evict && !(*may_evict)(page)) continue;
+                lowest = page;
+                lowest_worth = worth;
+            }
         return lowest;
     }
 
     static constexpr double kLeastWorth = 1e-4;  // the linear model can say less than nothing
     UseForecast forecast_;
-    const size_t slots_;
+    const size_t slots_, words_;
     std::vector<double> discount_;           // [num_layers + 1] by distance
-    std::vector<uint8_t> resident_;          // [pages]
+    std::vector<uint64_t> resident_;         // [layers, words] a bit for each expert
     mutable std::vector<PageIndex> lowest_;  // [layers], where known_
     mutable std::vector<uint8_t> known_;     // [layers]
     bool streams_ = false;

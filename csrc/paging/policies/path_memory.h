@@ -21,6 +21,8 @@
 // capacity x 4 bytes for each row of a pass.
 #pragma once
 
+#include <array>
+
 #include "policy.h"
 
 namespace moe_offload {
@@ -68,7 +70,7 @@ class PathMemory {
         std::vector<Neighbour> nearest;
     };
     bool is_present(Entry entry) const {
-        return (entry + capacity_ - first_) % capacity_ < num_rows_;
+        return (entry >= first_ ? entry - first_ : entry + capacity_ - first_) < num_rows_;
     }
     void observe_row(size_t row, size_t layer);  // routed to mask_
     Entry entry_of(size_t row) const { return static_cast<Entry>((first_ + row) % capacity_); }
@@ -82,7 +84,10 @@ class PathMemory {
     std::vector<Row> rows_;               // of the largest pass so far
     std::vector<uint32_t> faded_;         // [capacity + 1] scratch
     std::vector<uint32_t> candidates_;    // [capacity] scratch
-    std::vector<uint64_t> mask_;          // [words] scratch
+    // So few candidates are compared each with each, without a jump; more are sorted in one by one.
+    static constexpr size_t kRankedAtOnce = 128;
+    std::array<uint32_t, kRankedAtOnce> values_{}, ranks_{};  // scratch
+    std::vector<uint64_t> mask_;                              // [words] scratch
 };
 
 // Rows of the pass that begins with this request: as many as it has tokens, if it tells whose
@@ -90,8 +95,19 @@ class PathMemory {
 size_t rows_of(const LayerRequest& request);
 
 // How much a neighbour counts that is `behind` the nearest in similarity, when
-// a layer uses num_experts: e^-0.4 for one layer's worth of experts.
-float neighbour_weight(uint32_t behind, size_t num_experts);
+// a layer uses num_experts: e^-0.4 for one layer's worth of experts. The last answers are kept,
+// because sixteen exponentials a call take longer than the rest of a neighbour.
+class NeighbourWeight {
+  public:
+    float operator()(uint32_t behind, size_t num_experts);
+
+  private:
+    struct Answer {
+        uint64_t question = ~uint64_t{0};  // behind, num_experts
+        float weight = 0.0F;
+    };
+    std::array<Answer, 512> answers_{};
+};
 
 // A request of nearly all experts of a layer (a prompt) says nothing about any
 // of them.

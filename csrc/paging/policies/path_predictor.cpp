@@ -91,7 +91,7 @@ void PathPredictor::predict_row(size_t row, size_t layer) {
         const auto entry = is_next ? memory_.next(neighbour.entry) : neighbour.entry;
         if (entry == memory_.none()) continue;
         const float weight =
-            neighbour_weight(neighbours[0].similarity - neighbour.similarity, experts_per_row_);
+            neighbour_weight_(neighbours[0].similarity - neighbour.similarity, experts_per_row_);
         total += weight;
         for (size_t word = 0; word < memory_.words(); ++word)
             for (uint64_t bits = memory_.experts(entry, layer, word); bits != 0; bits &= bits - 1)

@@ -36,6 +36,7 @@ class PathPredictor {
     const std::vector<int32_t> num_experts_;
     const size_t stride_;
     PathMemory memory_;
+    NeighbourWeight neighbour_weight_;
     std::vector<float> average_;  // [layers, stride] of use per visit and row
     std::vector<float> chances_;  // [stride] scratch
     std::vector<PageIndex> experts_;
