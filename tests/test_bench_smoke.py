@@ -59,7 +59,7 @@ def test_quick_run_writes_every_target(tmp_path: Path) -> None:
     results = json.loads(output.read_text())
     assert results["tokens_equal_to_resident"] == 2 * 4 * 5  # prompts, contenders, tokens
     assert "bench/end_to_end.py --quick" in results["environment"]["command"]
-    assert len(results["targets"]) == 21
+    assert len(results["targets"]) == 23
     kept = {row["target"]: row["kept"] for row in results["targets"]}
     assert kept["100%: disk bytes in steady state"]
     rows = {row["contender"]: row for row in results["rows"]}
