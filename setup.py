@@ -49,6 +49,10 @@ class CMakeBuild(build_ext):
         if self.inplace:
             link_triton_kernels()
         self.run_cmake()
+        if self.inplace:
+            for module in map(self.get_ext_filename, ("moe_offload._core", "moe_offload._cuda")):
+                if not (BUILD_DIR / "lib" / Path(module).name).exists():
+                    (ROOT / module).unlink(missing_ok=True)  # of other sources or options
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ def build(kind: str, source: Path, out: Path) -> Path:
     return archive
 
 
+def stale_cuda(source: Path) -> Path:
+    """Where an in-place build that had nvcc would have left its module."""
+    return source / "moe_offload" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     if not (ROOT / "setup.py").exists():
@@ -83,6 +89,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
         archive.extractall(work / "unpacked", **safely)
     (source,) = (work / "unpacked").iterdir()
+    stale_cuda(source).touch()
     unpacked = {}
     for kind in ("wheel", "editable"):
         with zipfile.ZipFile(build(kind, source, work / kind)) as archive:
@@ -163,6 +170,12 @@ def test_editable_install_imports_from_the_source_tree(built: Built, tmp_path: P
     assert Path(core).parent == built.source / "moe_offload"
     assert Path(kernels).resolve() == built.source / "triton_kernels" / "__init__.py"
     assert top_level == "None"
+
+
+def test_editable_install_without_cuda_removes_an_earlier_one(built: Built) -> None:
+    gone = stale_cuda(built.source)
+    assert gone.with_name(gone.name.replace("_cuda", "_core")).exists()
+    assert not gone.exists()
 
 
 def test_triton_kernels_refuses_its_top_level_name() -> None:
