@@ -255,7 +255,7 @@ def render(report: dict[str, Any]) -> str:
         ("expert backends", _backends_text(package.get("expert_backends", {}))),
         ("native kernels (bf16)", ", ".join(package.get("cpu_isas", [])) or "none"),
         ("presets", _presets_text()),
-        ("CUDA kernels", "built" if package.get("cuda_kernels") else "not built"),
+        ("CUDA kernels", _cuda_kernels_text(package, report["cuda_driver"])),
         ("tiny model", "present" if package.get("tiny_model") else "absent"),
         ("python", f"{report['python'].get('version')}, {report['python'].get('platform')}"),
         ("packages", ", ".join(versions)),
@@ -321,6 +321,12 @@ def _limits_text(memory: dict[str, Any]) -> str:
         f"address space {text('address_space_limit_bytes')}, locked memory "
         f"{text('locked_memory_limit_bytes')}, open files {text('open_files_limit')}"
     )
+
+
+def _cuda_kernels_text(package: dict[str, Any], driver: dict[str, Any]) -> str:
+    if package.get("cuda_kernels"):
+        return "built"
+    return "not built" if driver.get("found") else "not built; no NVIDIA driver here could run them"
 
 
 def _cuda_text(driver: dict[str, Any]) -> str:

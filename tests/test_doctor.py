@@ -133,6 +133,15 @@ def test_a_gpu_without_our_kernels_is_pointed_out(monkeypatch: pytest.MonkeyPatc
     assert report["works"]
 
 
+def test_kernels_that_nothing_could_run_are_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_cuda_driver", lambda: {"found": False, "reason": "none"})
+    monkeypatch.setitem(sys.modules, "moe_offload._cuda", None)
+    report = doctor.examine()
+    assert "moe_offload._cuda" not in [entry["what"] for entry in report["missing"]]
+    text = " ".join(doctor.render(report).split())
+    assert "CUDA kernels not built; no NVIDIA driver here could run them" in text
+
+
 def test_cuda_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(status=999))
     assert doctor._cuda_driver() == {
