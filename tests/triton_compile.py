@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs that are not there: a script, run by test_triton_compile.py.
 
-    python tests/triton_compile.py 90 all
+    python tests/triton_compile.py 80:slow 90:all
 
 The public ops are called with CPU tensors while every launch is replaced by compilation for the
 wanted architecture, so what is compiled is exactly what a launch there would compile: same types,
@@ -146,7 +146,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 CASES = {"quick": QUICK, "slow": SLOW, "all": QUICK | SLOW}
 
 
-def main(arch: int, which: str) -> None:
+def main(wanted: list[tuple[int, str]]) -> None:
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -156,22 +156,23 @@ def main(arch: int, which: str) -> None:
         return kernel
 
     JITFunction.run = compile_only
-    driver.set_active(AbsentGpu(arch))
-    for case, call in CASES[which].items():
-        compiled.clear()
-        call()
-        for kernel in compiled:
-            record = {
-                "case": case,
-                "arch": kernel.metadata.target.arch,
-                "kernel": kernel.name,
-                "warps": kernel.metadata.num_warps,
-                "dynamic_shared": kernel.metadata.shared,
-                "ptx_target": re.search(r"\.target (\w+)", kernel.asm["ptx"]).group(1),  # type: ignore[union-attr]
-                **resources(kernel.asm["cubin"]),
-            }
-            print(json.dumps(record), flush=True)
+    for arch, which in wanted:
+        driver.set_active(AbsentGpu(arch))
+        for case, call in CASES[which].items():
+            compiled.clear()
+            call()
+            for kernel in compiled:
+                record = {
+                    "case": case,
+                    "arch": kernel.metadata.target.arch,
+                    "kernel": kernel.name,
+                    "warps": kernel.metadata.num_warps,
+                    "dynamic_shared": kernel.metadata.shared,
+                    "ptx_target": re.search(r"\.target (\w+)", kernel.asm["ptx"]).group(1),  # type: ignore[union-attr]
+                    **resources(kernel.asm["cubin"]),
+                }
+                print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main([(int(arch), which) for arch, _, which in (a.partition(":") for a in sys.argv[1:])])
