@@ -16,6 +16,7 @@
 #include "expert_gemm/cpu/amx_emulation.h"
 #include "expert_gemm/cpu/ffn_run.h"
 #include "expert_gemm/cpu/multiply_roof.h"
+#include "expert_gemm/cpu/openmp.h"
 #include "expert_gemm/cpu/thread_pool.h"
 
 using namespace moe_offload;
@@ -348,6 +349,8 @@ void callers_at_the_same_time_get_their_own_results() {
     CHECK_EQ(wrong.load(), 0);
 }
 
+void without_torch_there_is_no_openmp_to_borrow() { CHECK(torch_openmp() == nullptr); }
+
 void every_task_runs_once() {
     ThreadPool pool;
     for (const int threads : {1, 2, 4})
@@ -455,6 +458,7 @@ int main() {
     RUN(bits_do_not_depend_on_where_weights_lie);
     RUN(every_phase_waits_for_the_one_before);
     RUN(callers_at_the_same_time_get_their_own_results);
+    RUN(without_torch_there_is_no_openmp_to_borrow);
     RUN(every_task_runs_once);
     RUN(sleeping_threads_wake_and_a_pool_ends_at_once);
     RUN(a_buffer_is_used_again);

@@ -4,6 +4,8 @@
 
 #include <chrono>
 
+#include "expert_gemm/cpu/openmp.h"
+
 namespace moe_offload {
 namespace {
 
@@ -61,6 +63,14 @@ void ThreadPool::grow(int num_workers) {
 void ThreadPool::run_erased(int num_threads, int64_t num_tasks, void* context, Call call) {
     const int wanted =
         static_cast<int>(num_threads - 1 < num_tasks - 1 ? num_threads - 1 : num_tasks - 1);
+    if (wanted >= 1 && !forked.load(std::memory_order_relaxed))
+        if (const OpenMpParallel parallel = torch_openmp()) {
+            // All its threads each time: a team that changes its size makes and ends threads.
+            Loop loop{{0}, num_tasks, context, call};
+            parallel([](void* data) { static_cast<Loop*>(data)->take_tasks(); }, &loop,
+                     static_cast<unsigned>(num_threads), 0);
+            return;
+        }
     std::unique_lock<std::mutex> mine(caller_, std::defer_lock);
     if (wanted < 1 || forked.load(std::memory_order_relaxed) || !mine.try_lock()) {
         for (int64_t task = 0; task < num_tasks; ++task) call(context, task);
@@ -68,23 +78,23 @@ void ThreadPool::run_erased(int num_threads, int64_t num_tasks, void* context, C
     }
     grow(wanted);
     wanted_ = wanted;
-    num_tasks_ = num_tasks;
-    context_ = context;
-    call_ = call;
-    next_.store(0, std::memory_order_relaxed);
+    loop_.num_tasks = num_tasks;
+    loop_.context = context;
+    loop_.call = call;
+    loop_.next.store(0, std::memory_order_relaxed);
     state_.fetch_add(kLoop | kOpen);  // sequentially consistent with sleeping_ below and in work()
     if (sleeping_.load() > 0) state_.notify_all();
-    take_tasks();
+    loop_.take_tasks();
     state_.fetch_sub(kOpen);
     const auto left = [this] { return (state_.load(std::memory_order_acquire) & kInside) == 0; };
     while (!spin(kSpin, left)) std::this_thread::yield();  // a worker lost its core mid-task
 }
 
-void ThreadPool::take_tasks() {
+void ThreadPool::Loop::take_tasks() {
     for (;;) {
-        const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
-        if (task >= num_tasks_) return;
-        call_(context_, task);
+        const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+        if (task >= num_tasks) return;
+        call(context, task);
     }
 }
 
@@ -109,7 +119,7 @@ void ThreadPool::work(int number) {
         while ((state & kOpen) && state / kLoop == seen) {
             if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel))
                 continue;
-            if (number < wanted_) take_tasks();
+            if (number < wanted_) loop_.take_tasks();
             state_.fetch_sub(1, std::memory_order_release);
             break;
         }

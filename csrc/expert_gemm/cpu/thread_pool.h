@@ -1,12 +1,13 @@
-// A few persistent threads that share loops with the caller.
+// Threads that share loops with the caller: torch's where there is torch (openmp.h says why), else
+// a few persistent ones, as follows.
 //
 // The caller takes part and never waits for a thread that has not begun: threads that wake late
 // find the loop closed and go back to sleep, so a call costs no more than doing it alone. After a
 // loop a thread spins for a moment (the phases of one FFN follow each other within microseconds),
 // then sleeps, because torch's own threads want the same cores.
 //
-// Any thread may call `run`; while one caller has the pool, others do their loop alone. A forked
-// child has no threads and does everything alone.
+// Any thread may call `run`; while one caller has the pool, others do their loop alone (OpenMP has
+// threads for each). A forked child has no threads and does everything alone.
 #pragma once
 
 #include <atomic>
@@ -41,7 +42,6 @@ class ThreadPool {
 
     void run_erased(int num_threads, int64_t num_tasks, void* context, Call call);
     void work(int number);
-    void take_tasks();
     void grow(int num_workers);
 
     // Number of the loop << 17 | open << 16 | workers inside. A worker may look at the loop below
@@ -54,12 +54,15 @@ class ThreadPool {
     std::mutex caller_;  // held by the thread whose loop it is
     std::vector<std::thread> workers_;
 
-    // the loop
-    int wanted_ = 0;  // workers numbered below take part
-    int64_t num_tasks_ = 0;
-    void* context_ = nullptr;
-    Call call_ = nullptr;
-    alignas(64) std::atomic<int64_t> next_{0};
+    struct Loop {
+        alignas(64) std::atomic<int64_t> next{0};
+        int64_t num_tasks = 0;
+        void* context = nullptr;
+        Call call = nullptr;
+        void take_tasks();
+    };
+    Loop loop_;
+    int wanted_ = 0;  // workers numbered below take part in it
 };
 
 }  // namespace moe_offload
