@@ -233,6 +233,7 @@ def main() -> None:
         "chunk_kib": "chunk KiB",
         "depth": "depth",
         "huge_pages": "huge pages",
+        "memory_bytes": "round bytes",
         "gb_per_s": "GB/s",
         "cpu_s_per_gb": "CPU s/GB",
     }
