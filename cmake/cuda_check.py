@@ -4,8 +4,8 @@ No GPU is needed. One CMake build, the one `pip install` runs, makes machine cod
 architectures out of three compilations of each source: nothing in the kernels is for sm_86, sm_89
 or sm_120 alone (their PTX differs from that of sm_80 and sm_100 in the line that names the target).
 Fails when a kernel spills registers, when the instructions a variant promises are not in its code,
-or when a test of the module fails. cuobjdump comes with the CUDA toolkit or with the triton
-package.
+when a test of the module fails, or when building takes over 15 minutes. cuobjdump comes with the
+CUDA toolkit or with the triton package.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 15 * 60
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 COMPILED = "80;90a-real;100-real"  # and the others from their PTX:
 DERIVED = {"86": "80", "89": "80", "120": "100"}
@@ -116,7 +117,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
         problems = spills(build(folder))
-        print(f"cuda-check: _cuda is built, {time.perf_counter() - start:.0f} s", flush=True)
+        built_s = time.perf_counter() - start
+        print(f"cuda-check: _cuda is built, {built_s:.0f} s", flush=True)
+        if built_s > LIMIT_S:
+            problems.append(f"building took {built_s:.0f} s, more than {LIMIT_S}")
         objects = sorted((folder / "CMakeFiles" / "_cuda.dir").rglob("*.cu.o"))
         sources = list((ROOT / "csrc" / "expert_gemm" / "cuda").glob("*.cu"))
         if len(objects) != len(sources):

@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 #include <link.h>
 #include <atomic>
-#include <cstring>
 #include <string>
 
 namespace moe_offload {
