@@ -7,9 +7,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <fstream>
 #include <random>
-#include <string>
 #include <thread>
 
 #include "check.h"
@@ -385,38 +383,9 @@ void a_buffer_is_used_again() {
     CHECK(again.data() == first);
     const Buffer other(2990000);
     CHECK(other.data() != first);
-    const Buffer large(Buffer::kReclaimable + 1);  // never kept, only given back
-    CHECK(large.capacity() > Buffer::kReclaimable);
+    const Buffer large(Buffer::kKept + 1);  // never kept, only given back
+    CHECK(large.capacity() > Buffer::kKept);
 }
-
-#if defined(__linux__)
-// Bytes of this process's pages that the kernel may take; -1 where it does not tell.
-int64_t reclaimable_bytes() {
-    std::ifstream file("/proc/self/smaps");
-    int64_t sum = -1, kib = 0;
-    for (std::string word; file >> word;)
-        if (word == "LazyFree:" && file >> kib) sum = std::max<int64_t>(sum, 0) + kib * 1024;
-    return sum;
-}
-
-void a_large_buffer_is_used_again_unless_memory_is_short() {
-    constexpr size_t kBytes = size_t{134} << 20;
-    const std::byte* first;
-    const int64_t before = reclaimable_bytes();
-    {
-        const Buffer buffer(kBytes);
-        first = buffer.data();
-        std::memset(buffer.data(), 1, kBytes);
-    }
-    if (before >= 0) CHECK(reclaimable_bytes() - before > static_cast<int64_t>(kBytes) * 9 / 10);
-    {
-        const Buffer again(kBytes);
-        CHECK(again.data() == first);
-        std::memset(again.data(), 2, kBytes);
-        CHECK(reclaimable_bytes() <= before);  // what is in use is nobody's to take
-    }
-}
-#endif
 
 void the_emulated_tile_product_is_the_documented_one() {
     const auto tile_of = [](uint16_t value) {
@@ -462,8 +431,5 @@ int main() {
     RUN(every_task_runs_once);
     RUN(sleeping_threads_wake_and_a_pool_ends_at_once);
     RUN(a_buffer_is_used_again);
-#if defined(__linux__)
-    RUN(a_large_buffer_is_used_again_unless_memory_is_short);
-#endif
     RUN(the_emulated_tile_product_is_the_documented_one);
 }

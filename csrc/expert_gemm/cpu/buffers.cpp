@@ -12,21 +12,12 @@ namespace {
 struct Store {
     std::mutex mutex;
     std::vector<std::pair<std::byte*, size_t>> free;
-    size_t bytes[2] = {};  // of small and of large ones
+    size_t bytes = 0;
 };
 
 Store& store() {
     static Store* const shared = new Store;  // outlives every buffer
     return *shared;
-}
-
-// False where the system cannot. What is written afterwards stays; nothing else need.
-bool let_reclaim([[maybe_unused]] std::byte* data, [[maybe_unused]] size_t nbytes) {
-#if defined(MADV_FREE)
-    return madvise(data, nbytes, MADV_FREE) == 0;
-#else
-    return false;
-#endif
 }
 
 }  // namespace
@@ -43,7 +34,7 @@ Buffer::Buffer(size_t nbytes) {
         }
         if (best < kept.free.size() && kept.free[best].second / 4 <= nbytes + 65536) {
             std::tie(data_, capacity_) = kept.free[best];
-            kept.bytes[capacity_ >= kLarge] -= capacity_;
+            kept.bytes -= capacity_;
             kept.free.erase(kept.free.begin() + static_cast<std::ptrdiff_t>(best));
             return;
         }
@@ -64,11 +55,9 @@ void Buffer::release() noexcept {
     Store& kept = store();
     {
         const std::lock_guard<std::mutex> lock(kept.mutex);
-        const bool large = capacity_ >= kLarge;
-        if (kept.bytes[large] + capacity_ <= (large ? kReclaimable : kKept) &&
-            (!large || let_reclaim(data_, capacity_))) {
+        if (kept.bytes + capacity_ <= kKept) {
             kept.free.emplace_back(data_, capacity_);
-            kept.bytes[large] += capacity_;
+            kept.bytes += capacity_;
             return;
         }
     }

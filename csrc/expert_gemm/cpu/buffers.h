@@ -1,9 +1,6 @@
 // Scratch memory that is used again: a call would else spend its time on page faults.
 //
-// Buffers go back to a store when they die: small ones as they are, at most kKept bytes. Large ones
-// (a prompt's [R, H]: 134 MB of 4096 tokens of Qwen3-30B-A3B), at most kReclaimable bytes, with
-// pages that the kernel may take as soon as memory is short (MADV_FREE). The rest goes to the
-// system.
+// Buffers go back to a small store (at most kKept bytes) when they die; larger ones to the system.
 #pragma once
 
 #include <cstddef>
@@ -27,8 +24,7 @@ class Buffer {
     std::byte* data() const { return data_; }
     size_t capacity() const { return capacity_; }
 
-    static constexpr size_t kLarge = size_t{16} << 20;
-    static constexpr size_t kKept = size_t{64} << 20, kReclaimable = size_t{512} << 20;
+    static constexpr size_t kKept = size_t{64} << 20;
 
   private:
     void swap(Buffer& other) noexcept {
