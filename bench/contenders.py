@@ -113,7 +113,7 @@ class Contender:
         With `drop_cache` the page cache of the model's files is dropped before each forward.
 
         The resident model, which is timed as transformers ships it, afterwards also answers with
-        `same_kernel_tokens`: its experts computed by the kernels the slots use, untimed. Two
+        `same_kernel_tokens`: computed by the kernels that offloaded models use, untimed. Two
         correct kernels round differently, and random weights turn that into other tokens.
         """
         answer = self._generate(prompt, new_tokens, drop_cache)
@@ -121,8 +121,10 @@ class Contender:
             importlib.import_module("moe_offload.huggingface")  # registers the implementation
             before = self.model.config._experts_implementation
             self.model.set_experts_implementation("moe_offload")
+            undo = importlib.import_module("moe_offload").use_native_linears(self.model)
             answer["same_kernel_tokens"] = self._generate(prompt, new_tokens, False)["tokens"]
             self.model.set_experts_implementation(before)
+            undo()
         return answer
 
     def _generate(self, prompt: list[int], new_tokens: int, drop_cache: bool) -> Row:

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "expert_gemm/cpu/ffn_run.h"
+#include "expert_gemm/cpu/linear.h"
 #include "expert_gemm/cpu/multiply_roof.h"
 #include "expert_gemm/route_sort.h"
 
@@ -92,6 +93,20 @@ FfnRun start(const ExpertFfn& ffn, uintptr_t hidden, uintptr_t topk_ids, bool id
     return FfnRun(ffn.shape, inputs, *ffn.kernels, num_threads);
 }
 
+void linear_at(uintptr_t x, int64_t rows, int64_t in, int64_t out, uintptr_t weight,
+               int64_t row_stride, uintptr_t bias, uintptr_t y, const std::string& dtype,
+               int num_threads, const std::string& isa) {
+    const LinearArgs args{reinterpret_cast<const void*>(x),
+                          rows,
+                          in,
+                          out,
+                          reinterpret_cast<const std::byte*>(weight),
+                          row_stride,
+                          reinterpret_cast<const std::byte*>(bias),
+                          reinterpret_cast<void*>(y)};
+    linear(args, dtype_named(dtype), *kernels_named(isa, dtype_named(dtype)), num_threads);
+}
+
 void sort_routes_at(uintptr_t ids, bool ids_are_int64, int32_t num_routes, int32_t num_experts,
                     const std::array<uintptr_t, 5>& maps) {
     const auto at = [&maps](size_t i) { return reinterpret_cast<int32_t*>(maps[i]); };
@@ -110,6 +125,12 @@ void bind_expert_ffn(py::module_& m) {
           "Sorts routes by expert into int32 maps, in the order of RouteMaps (route_sort.h).");
 
     m.def(
+        "linear", &linear_at, "x"_a, "rows"_a, "in_features"_a, "out_features"_a, "weight"_a,
+        "row_stride"_a, "bias"_a, "y"_a, "dtype"_a, "num_threads"_a, "isa"_a = "auto", ReleaseGil(),
+        "y [rows, out] = x [rows, in] weight^T + bias, addresses of contiguous rows of one dtype; "
+        "row_stride: bytes from row to row of the weight; bias 0: none.");
+
+    m.def(
         "cpu_isas",
         [](const std::string& dtype) {
             std::vector<std::string> names;
@@ -120,6 +141,11 @@ void bind_expert_ffn(py::module_& m) {
             return names;
         },
         "dtype"_a, "Instruction sets with kernels for this dtype that this machine runs.");
+
+    m.def(
+        "cpu_isa",
+        [](const std::string& dtype) { return kernels_named("auto", dtype_named(dtype))->isa; },
+        "dtype"_a, "The instruction set of the kernels that this dtype gets here.");
 
     m.def(
         "multiply_roof",

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_offload.dense import use_native_linears
     from moe_offload.huggingface import from_pretrained, get_offloader, offload
     from moe_offload.layer import OffloadedExperts, OffloadedMoE
     from moe_offload.offloader import Offloader
@@ -33,6 +34,7 @@ _HOMES = {
     "batch_generate": "moe_offload.scheduling",
     "plan": "moe_offload.planning",
     "record": "moe_offload.trace_recorder",
+    "use_native_linears": "moe_offload.dense",
     "verify": "moe_offload.verification",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "offload",
     "plan",
     "record",
+    "use_native_linears",
     "verify",
 ]
 

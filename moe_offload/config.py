@@ -74,6 +74,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 EXPERT_BACKENDS = ("auto", "native", "cuda", "triton", "grouped_mm")
+DENSE_BACKENDS = ("auto", "native", "torch")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class OffloadConfig:
             CUDA kernels), "triton" (its Triton kernels: for GPUs; on the CPU only interpreted, for
             tests), "grouped_mm" (transformers' own arithmetic), or "auto": the first of these made
             for the device that is built and supports the layer. `stats()` says who it is and why.
+        dense_backend: who computes the model's other linear layers (transformers models only):
+            "native" (this package's CPU kernels where they are faster than torch's, torch
+            elsewhere, see `moe_offload.dense`), "torch", or "auto": native on the CPU, unless
+            expert_backend asks for transformers' arithmetic.
         fill: read experts into the slots at construction: True, False, or "auto" = when all fit.
         io_engine: how files are read: "io_uring", "threads" (a pool of them that call pread), or
             "auto" = io_uring where it was built and the kernel allows it. What was taken, and why
@@ -135,6 +140,7 @@ class OffloadConfig:
     host_budget: int | str = "auto"
     copy_chunk_bytes: int = 8 << 20
     expert_backend: Literal["auto", "native", "cuda", "triton", "grouped_mm"] = "auto"
+    dense_backend: Literal["auto", "native", "torch"] = "auto"
     fill: bool | Literal["auto"] = "auto"
     io_engine: Literal["auto", "io_uring", "threads"] = "auto"
     io_threads: int = 4
@@ -148,11 +154,17 @@ class OffloadConfig:
         parse_budget(self.device_budget, 1 << 62)  # malformed budgets fail here, before any work
         _choose("policy", self.policy, LIVE_POLICIES)
         _choose("expert_backend", self.expert_backend, EXPERT_BACKENDS)
+        _choose("dense_backend", self.dense_backend, DENSE_BACKENDS)
         check_predictor(self.predictor)
         if self.fill not in (True, False, "auto"):
             raise ValueError(f'fill: expected True, False or "auto", got {self.fill!r}')
         if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
             raise ValueError(f'device: expected "cpu", "cuda" or "cuda:N", got {self.device!r}')
+        if self.dense_backend == "native" and self.device != "cpu":
+            raise ValueError(
+                f'dense_backend: "native" computes on the CPU only, got device={self.device!r}. '
+                'Use "auto".'
+            )
         if self.host_budget != "auto":
             parse_budget(self.host_budget, 1 << 62, "host_budget")
         if self.copy_chunk_bytes < 4096 or self.copy_chunk_bytes % 4096:
@@ -178,6 +190,13 @@ class OffloadConfig:
             raise ValueError(f"wait_timeout_s: expected seconds > 0, got {self.wait_timeout_s}")
         if self.static_experts is not None and self.policy != "static":
             raise ValueError(f'static_experts needs policy="static", got policy={self.policy!r}')
+
+    @property
+    def native_linears(self) -> bool:
+        """Do dense linear layers use this package's kernels?"""
+        if self.dense_backend != "auto":
+            return self.dense_backend == "native"
+        return self.device == "cpu" and self.expert_backend in ("auto", "native")
 
     @classmethod
     def from_options(cls, **options: Any) -> OffloadConfig:

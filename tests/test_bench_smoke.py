@@ -98,6 +98,16 @@ def test_roofs_and_paging_write_every_row(tmp_path: Path) -> None:
     assert "threads" in {row["engine"] for row in found["rows"]}
 
 
+def test_linear_compares_with_torch(tmp_path: Path) -> None:
+    output = tmp_path / "linear.json"
+    command = [sys.executable, BENCH / "linear.py", "--quick", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float16", "float32"}
+    assert all(row["x_torch"] > 0 and row["x_error"] > 0 for row in rows)
+
+
 def test_wrong_tokens_print_no_time(report) -> None:
     from comparison import Comparison
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from moe_offload.dense import use_native_linears
 from moe_offload.huggingface.experts import NAME
 from moe_offload.verification import to_aligned_memory
 
@@ -102,7 +103,7 @@ def tiny_model(
     implementation: str = NAME,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A tiny random model in eval mode; its experts are computed as offloaded ones are."""
+    """A tiny random model in eval mode; it computes as offloaded ones do."""
     config = AutoConfig.for_model(name, **{**_COMMON, **family(name).extra, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -113,6 +114,8 @@ def tiny_model(
             for parameter in model.parameters():
                 if parameter.dim() >= 2:  # norms keep their ones
                     parameter.copy_(torch.randn(parameter.shape) * 0.15)
+    if implementation == NAME:
+        use_native_linears(model)
     model.generation_config.eos_token_id = None  # every generation runs to its full length
     return model
 
@@ -134,5 +137,6 @@ def plain_model(folder: str | Path, **options: Any) -> PreTrainedModel:
     """
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.set_experts_implementation(NAME)
+    use_native_linears(model)
     to_aligned_memory(model)
     return model

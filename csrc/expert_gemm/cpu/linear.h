@@ -1,0 +1,24 @@
+// y = x W^T + b for a model's dense layers, with the kernels of the experts' second product.
+//
+// In decode an MoE model reads as many bytes of dense layers as of experts, and torch's product of
+// a few 16-bit rows reads them at half of memory's rate (bench/linear.py). Bits depend on the
+// instruction set, the dtype and on whether rows are few (kernels.h), not on threads or chunks.
+#pragma once
+
+#include "expert_gemm/cpu/kernels.h"
+
+namespace moe_offload {
+
+struct LinearArgs {
+    const void* x;  // [rows, in], contiguous, in the kernels' dtype; so are the others
+    int64_t rows;
+    int64_t in, out;
+    const std::byte* weight;  // [out] rows of `in` elements
+    int64_t row_stride;       // bytes
+    const std::byte* bias;    // [out] or null
+    void* y;                  // [rows, out]
+};
+
+void linear(const LinearArgs& args, Dtype dtype, const Kernels& kernels, int num_threads);
+
+}  // namespace moe_offload

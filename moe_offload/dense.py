@@ -1,0 +1,142 @@
+"""A model's dense linear layers on the CPU kernels of its experts, where torch's are slower.
+
+In decode an MoE model reads nearly as many bytes of attention projections, shared experts and
+output head as of experts, and torch multiplies a few rows at half of memory's rate or less.
+`csrc/expert_gemm/cpu/linear.h` has the kernel, bench/linear.py the comparison that `PAYS` is from.
+
+A layer keeps its weights and its place: only its class is swapped, as with experts modules, and
+whatever the kernels do not take (gradients, autocast, another dtype or device, tensor subclasses,
+torch.compile) goes to torch. Bits depend on the instruction set, the dtype and few-or-many rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_offload import _core
+from moe_offload.backends.native import DTYPES
+
+# Rows for which the kernels were faster than torch (bench/results/*/linear.json), per instruction
+# set: first and last. Many rows of float32 are faster as well, but summed in a plainer order, with
+# errors up to 10 x torch's. AMX computes few rows as AVX-512-BF16 does; nothing is measured there.
+_ALL = 1 << 62
+PAYS: dict[tuple[str, torch.dtype], tuple[int, int]] = {
+    ("avx512_bf16", torch.bfloat16): (1, 128),
+    ("amx", torch.bfloat16): (1, 8),
+    ("avx512", torch.bfloat16): (1, 64),
+    ("avx512", torch.float16): (2, _ALL),
+    ("avx512", torch.float32): (1, 8),
+    ("avx2", torch.bfloat16): (2, 16),
+    ("avx2", torch.float16): (2, 16),
+    ("avx2", torch.float32): (1, 8),
+}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by the CPU kernels where they are faster.
+
+    Args:
+        x: [..., K]; float32, bfloat16 or float16 on the CPU for the kernels, anything for torch.
+        weight: [N, K] in x's dtype, rows of consecutive elements.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype: fp32 sums, rounded once. Blocks until computed.
+
+    Raises:
+        RuntimeError: torch's own, for shapes and dtypes that do not fit together.
+
+    Cost: N K weight elements read once (for each 480 rows), 2 N K floating-point operations a row.
+    """
+    if not _takes(x, weight, bias):
+        return F.linear(x, weight, bias)
+    num_out, num_in = weight.shape
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], num_out))
+    _core.linear(
+        x.data_ptr(),
+        x.numel() // num_in,
+        num_in,
+        num_out,
+        weight.data_ptr(),
+        weight.stride(0) * weight.element_size(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+class NativeLinear(nn.Linear):
+    """`torch.nn.Linear` with another forward; only ever made by swapping a layer's class."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+    def _get_name(self) -> str:  # for repr
+        return "Linear"
+
+
+def use_native_linears(model: nn.Module) -> Callable[[], None]:
+    """Let a model's `nn.Linear` layers compute by `linear`; returns what takes that back.
+
+    Subclasses of nn.Linear keep their own arithmetic. An offloaded model has had this done already
+    (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same bits.
+
+    Example:
+        >>> undo = use_native_linears(model)
+    """
+    swapped = [module for module in model.modules() if type(module) is nn.Linear]
+    for module in swapped:
+        module.__class__ = NativeLinear
+    return functools.partial(_put_back, swapped)
+
+
+def _put_back(swapped: list[nn.Linear]) -> None:
+    for module in swapped:
+        module.__class__ = nn.Linear
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Do the kernels compute this, and faster?"""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or type(weight) not in _PLAIN:
+        return False
+    first, last = _pays(x.dtype)
+    return (
+        x.dim() > 0
+        and weight.dim() == 2
+        and first * weight.shape[1] <= x.numel() <= last * weight.shape[1]
+        and x.shape[-1] == weight.shape[1]
+        and weight.dtype == x.dtype
+        and weight.stride(1) == 1
+        and x.device.type == weight.device.type == "cpu"
+        and (
+            bias is None
+            or (
+                type(bias) in _PLAIN
+                and bias.dtype == x.dtype
+                and bias.shape == weight.shape[:1]
+                and bias.is_contiguous()
+                and bias.device.type == "cpu"
+            )
+        )
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@functools.cache
+def _pays(dtype: torch.dtype) -> tuple[int, int]:
+    """First and last number of rows; an empty range where nothing is gained."""
+    if dtype not in DTYPES:
+        return (1, 0)
+    return PAYS.get((_core.cpu_isa(DTYPES[dtype]), dtype), (1, 0))
