@@ -121,7 +121,7 @@ class Contender:
             importlib.import_module("moe_offload.huggingface")  # registers the implementation
             before = self.model.config._experts_implementation
             self.model.set_experts_implementation("moe_offload")
-            undo = importlib.import_module("moe_offload").use_native_linears(self.model)
+            undo = importlib.import_module("moe_offload").use_dense_kernels(self.model)
             answer["same_kernel_tokens"] = self._generate(prompt, new_tokens, False)["tokens"]
             self.model.set_experts_implementation(before)
             undo()

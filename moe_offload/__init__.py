@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_offload.dense import use_native_linears
+    from moe_offload.dense import use_dense_kernels
     from moe_offload.huggingface import from_pretrained, get_offloader, offload
     from moe_offload.layer import OffloadedExperts, OffloadedMoE
     from moe_offload.offloader import Offloader
@@ -34,7 +34,7 @@ _HOMES = {
     "batch_generate": "moe_offload.scheduling",
     "plan": "moe_offload.planning",
     "record": "moe_offload.trace_recorder",
-    "use_native_linears": "moe_offload.dense",
+    "use_dense_kernels": "moe_offload.dense",
     "verify": "moe_offload.verification",
 }
 
@@ -48,7 +48,7 @@ __all__ = [
     "offload",
     "plan",
     "record",
-    "use_native_linears",
+    "use_dense_kernels",
     "verify",
 ]
 

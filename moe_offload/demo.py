@@ -114,13 +114,13 @@ def _resident_run(path: str, tokenizer: Any, inputs: list[Any]) -> tuple[list[Co
     """transformers, everything resident, computed by the kernels of the offloaded runs."""
     from transformers import AutoModelForCausalLM
 
-    from moe_offload.dense import use_native_linears
+    from moe_offload.dense import use_dense_kernels
     from moe_offload.huggingface.adapters import find_expert_layers
     from moe_offload.huggingface.experts import NAME
     from moe_offload.verification import to_aligned_memory
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation=NAME)
-    use_native_linears(model)
+    use_dense_kernels(model)
     to_aligned_memory(model)
     expert_bytes = sum(
         getattr(layer.module, name).nbytes

@@ -83,24 +83,33 @@ class NativeLinear(nn.Linear):
         return "Linear"
 
 
-def use_native_linears(model: nn.Module) -> Callable[[], None]:
-    """Let a model's `nn.Linear` layers compute by `linear`; returns what takes that back.
+def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
+    """Let a model compute its dense part as an offloaded one does; returns what takes that back.
 
-    Subclasses of nn.Linear keep their own arithmetic. An offloaded model has had this done already
-    (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same bits.
+    Its `nn.Linear` layers go through `linear` (subclasses keep their own arithmetic), and in a
+    transformers model single tokens attend as `huggingface.attention` says. An offloaded model has
+    had this done (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same
+    bits, or to be as fast.
 
     Example:
-        >>> undo = use_native_linears(model)
+        >>> undo = use_dense_kernels(model)
     """
     swapped = [module for module in model.modules() if type(module) is nn.Linear]
     for module in swapped:
         module.__class__ = NativeLinear
-    return functools.partial(_put_back, swapped)
+    undo_attention: Callable[[], None] | None = None
+    if hasattr(model, "set_attn_implementation"):
+        from moe_offload.huggingface.attention import use_grouped_attention
+
+        undo_attention = use_grouped_attention(model)
+    return functools.partial(_put_back, swapped, undo_attention)
 
 
-def _put_back(swapped: list[nn.Linear]) -> None:
+def _put_back(swapped: list[nn.Linear], undo_attention: Callable[[], None] | None) -> None:
     for module in swapped:
         module.__class__ = nn.Linear
+    if undo_attention is not None:
+        undo_attention()
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -168,7 +168,7 @@ class Offloader:
         pages sent back, see `OffloadConfig`), evictions, bypasses, stall_seconds, overlap_seconds,
         device_budget_bytes, total_expert_bytes, num_slots, num_pages, resident_pages, policy,
         lossy (what changes tokens; None: nothing does),
-        dense_backend (of a transformers model's other linear layers),
+        dense_backend (of a transformers model's other layers),
         expert_backend (several names when layers differ), weight_format of the pages ("plain",
         "mxfp4", "fp8_block", "int4_group"), io_mode, io_engine, io_fallback, files_deleted, and
         per_layer: the same for each layer, with its expert_backend, in passed_over why no faster
@@ -197,7 +197,7 @@ class Offloader:
             "resident_pages": sum(len(pool.pager.residents()) for pool in self.pools),
             "policy": self.config.policy,
             "lossy": self.lossy,
-            "dense_backend": "native" if self.config.native_linears else "torch",
+            "dense_backend": "native" if self.config.native_dense else "torch",
             "expert_backend": "/".join(sorted({row["expert_backend"] for row in per_layer})),
             "weight_format": "/".join(sorted({row["weight_format"] for row in per_layer})),
             "io_mode": "/".join(sorted({pool.io_mode() for pool in self.pools})),

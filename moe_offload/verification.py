@@ -157,10 +157,8 @@ def verify(
     if not encoded or max_new_tokens < 1:
         raise ValueError("verify: expected at least one prompt and one new token")
     implementation = implementation_of(offloader.config.expert_backend)
-    native_linears = offloader.config.native_linears
-    with _reference(
-        get_attachment(model), model, reference, implementation, native_linears
-    ) as found:
+    native_dense = offloader.config.native_dense
+    with _reference(get_attachment(model), model, reference, implementation, native_dense) as found:
         resident, described = found
         expected = [_answer(resident, ids, max_new_tokens) for ids in encoded]
     rows = []
@@ -212,18 +210,18 @@ def _settings(offloader: Offloader, hostile: bool) -> Iterator[str]:
 
 @contextmanager
 def _reference(
-    attachment: Any, model: Any, given: Any, implementation: str, native_linears: bool
+    attachment: Any, model: Any, given: Any, implementation: str, native_dense: bool
 ) -> Iterator[tuple[Any, str]]:
     """The resident model, computing as the offloaded one does, and a description of it."""
     if given is not None:
-        with _computing_by(implementation, native_linears, given):
+        with _computing_by(implementation, native_dense, given):
             yield given, f"the given {type(given).__name__}"
     elif attachment.holds_parameters:
-        with attachment.resident(), _computing_by(implementation, native_linears, model):
+        with attachment.resident(), _computing_by(implementation, native_dense, model):
             yield model, "itself on its resident parameters"
     else:
         resident = _load_resident(attachment)
-        with _computing_by(implementation, native_linears, resident):
+        with _computing_by(implementation, native_dense, resident):
             yield resident, f"transformers on {attachment.origin.path}"
 
 
@@ -250,16 +248,16 @@ def to_aligned_memory(model: nn.Module) -> None:
 
 
 @contextmanager
-def _computing_by(implementation: str, native_linears: bool, model: Any) -> Iterator[None]:
+def _computing_by(implementation: str, native_dense: bool, model: Any) -> Iterator[None]:
     """Let a transformers model compute its experts and linear layers as offloaded for a while."""
-    from moe_offload.dense import use_native_linears
+    from moe_offload.dense import use_dense_kernels
     from moe_offload.huggingface import llama4
 
     before = model.get_experts_implementation()
     model.set_experts_implementation(implementation)
     taught = llama4.teach(model)
     llama4.set_implementation(model, implementation)
-    undo = use_native_linears(model) if native_linears else None
+    undo = use_dense_kernels(model) if native_dense else None
     try:
         yield
     finally:

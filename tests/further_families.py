@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moe_offload.dense import use_native_linears
+from moe_offload.dense import use_dense_kernels
 from moe_offload.huggingface.experts import NAME
 
 _SYNONYMS: dict[str, Any] = {
@@ -178,5 +178,5 @@ def further_model(name: str) -> PreTrainedModel:
             for parameter in model.parameters():
                 if parameter.dim() >= 2:
                     parameter.copy_(torch.randn(parameter.shape) * 0.15)
-    use_native_linears(model)
+    use_dense_kernels(model)
     return model

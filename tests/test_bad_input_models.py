@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_offload
-from moe_offload.dense import use_native_linears
+from moe_offload.dense import use_dense_kernels
 from moe_offload.errors import PageReadError, UnsupportedModelError
 from moe_offload.huggingface.experts import NAME
 
 
 def logits(model: Any, seed: int = 0) -> Tensor:
     model.set_experts_implementation(NAME)  # also once restored: the kernels of the slots
-    use_native_linears(model)
+    use_dense_kernels(model)
     with torch.no_grad():
         return model(prompt_ids(seed=seed)).logits
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import moe_offload
 from moe_offload import cli, demo
-from moe_offload.dense import use_native_linears
+from moe_offload.dense import use_dense_kernels
 from moe_offload.huggingface.experts import NAME
 from moe_offload.models import tiny_moe_path
 from moe_offload.verification import to_aligned_memory
@@ -78,7 +78,7 @@ def resident_tokens(checkpoint: Path, prompt: str, count: int) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype="auto", experts_implementation=NAME
     )
-    use_native_linears(model)
+    use_dense_kernels(model)
     to_aligned_memory(model)
     inputs = ascii_tokenizer()(prompt, return_tensors="pt", return_token_type_ids=False)
     output = model.generate(**inputs, max_new_tokens=count, do_sample=False)

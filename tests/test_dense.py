@@ -8,17 +8,20 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import moe_offload
 from moe_offload import _core, dense
 from moe_offload.backends.native import DTYPES
-from moe_offload.dense import NativeLinear, linear, use_native_linears
+from moe_offload.dense import NativeLinear, linear, use_dense_kernels
+from moe_offload.huggingface import attention
 
 KERNELS = [(dtype, isa) for dtype, name in DTYPES.items() for isa in _core.cpu_isas(name)]
 
@@ -47,8 +50,8 @@ def test_error_is_torchs_own(dtype: torch.dtype, isa: str, rows: int, with_bias:
     exact = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
     error, theirs = (got - exact).abs().max(), (F.linear(x, weight, bias) - exact).abs().max()
     # In 16 bits the last rounding decides. In float32 it is the order of summation: few rows in
-    # lanes, as torch; many rows one by one, at worst K / 2 ulp of the sum of absolute values. A
-    # walk of 203 steps of up to half an ulp has a deviation of 4 ulp at most; this allows two.
+    # lanes, as torch; many rows one by one: each of 203 steps adds up to 2^-24 of a partial sum,
+    # and a walk of that many deviates by 8 of them if every partial sum were the largest possible.
     if dtype == torch.float32 and rows > 8:
         size = x.abs().double() @ weight.abs().double().T + 5.0
         assert ((got - exact).abs() <= 8 * 2.0**-24 * size).all()
@@ -74,7 +77,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def test_what_the_kernels_do_not_take_is_torchs(counted: list[int]) -> None:
     layer = nn.Linear(24, 16)
-    use_native_linears(nn.Sequential(layer))
+    use_dense_kernels(nn.Sequential(layer))
     assert type(layer) is NativeLinear
     x = torch.randn(2, 3, 24)
     assert layer(x).requires_grad, "gradients go through torch"
@@ -115,7 +118,7 @@ def test_number_of_rows_decides() -> None:
 
 def test_compiled_layers_are_torchs(counted: list[int]) -> None:
     layer = nn.Linear(24, 16).requires_grad_(False)
-    use_native_linears(nn.Sequential(layer))
+    use_dense_kernels(nn.Sequential(layer))
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     x = torch.randn(2, 24)
     assert torch.equal(compiled(x), F.linear(x, layer.weight, layer.bias))
@@ -128,13 +131,13 @@ def test_classes_are_swapped_and_put_back() -> None:
 
     model = nn.Sequential(nn.Linear(8, 8), Own(8, 8), nn.Sequential(nn.Linear(8, 4)))
     before, keys = repr(model), list(model.state_dict())
-    undo = use_native_linears(model)
+    undo = use_dense_kernels(model)
     assert [type(m) for m in (model[0], model[1], model[2][0])] == [NativeLinear, Own, NativeLinear]
     assert repr(model) == before
     assert list(model.state_dict()) == keys
     assert type(copy.deepcopy(model)[0]) is NativeLinear
     assert type(pickle.loads(pickle.dumps(model[0]))) is NativeLinear
-    use_native_linears(model)()  # nothing left to swap, nothing taken back
+    use_dense_kernels(model)()  # nothing left to swap, nothing taken back
     assert type(model[0]) is NativeLinear
     undo()
     assert [type(m) for m in (model[0], model[2][0])] == [nn.Linear, nn.Linear]
@@ -180,3 +183,52 @@ def test_a_forced_instruction_set_is_used() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "(1, 0)"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_grouped_attention_is_attention(masked: bool) -> None:
+    module = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+    query = torch.randn(2, 8, 1, 16)
+    key, value = torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    mask = None
+    if masked:
+        mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+        mask[0, ..., :3] = False
+    got, _ = attention.attention_forward(module, query, key, value, mask, scaling=0.3)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    assert got.shape == expected.shape == (2, 1, 8, 16)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_other_attention_is_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def theirs(module: object, query: Tensor, *args: object, **kwargs: object) -> tuple:
+        calls.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", theirs)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    key = torch.randn(1, 2, 5, 8)
+    attention.attention_forward(module, torch.randn(1, 4, 5, 8), key, key, None)
+    per_head = torch.ones(1, 4, 1, 5, dtype=torch.bool)
+    attention.attention_forward(module, torch.randn(1, 4, 1, 8), key, key, per_head)
+    bias = torch.zeros(1, 4, 1, 5)
+    attention.attention_forward(module, torch.randn(1, 4, 1, 8), key, key, None, position_bias=bias)
+    equal = SimpleNamespace(num_key_value_groups=1, is_causal=True)
+    attention.attention_forward(equal, torch.randn(1, 2, 1, 8), key, key, None)
+    assert calls == [5, 1, 1, 1]
+
+
+def test_a_models_attention_is_swapped_and_put_back() -> None:
+    model = tiny_models.tiny_model("qwen3_moe", implementation="grouped_mm")
+    assert model.config._attn_implementation == "sdpa"
+    with moe_offload.offload(model, "30%"):
+        assert model.config._attn_implementation == attention.NAME
+        assert model.model.layers[0].self_attn.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == "sdpa"
+    with moe_offload.offload(model, "30%"):
+        model.set_attn_implementation("eager")  # the user's own choice stays
+    assert model.config._attn_implementation == "eager"
+    with moe_offload.offload(model, "30%"):
+        assert model.config._attn_implementation == "eager"

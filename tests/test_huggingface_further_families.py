@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import moe_offload
-from moe_offload.dense import use_native_linears
+from moe_offload.dense import use_dense_kernels
 from moe_offload.errors import PredictorError
 from moe_offload.huggingface.experts import NAME
 from moe_offload.huggingface.loading import from_pretrained
@@ -75,7 +75,7 @@ def resident(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedMode
     """As transformers loads it: some families keep a few dense weights in float32."""
     model = model_class.from_pretrained(folder)
     model.set_experts_implementation(NAME)
-    use_native_linears(model)
+    use_dense_kernels(model)
     to_aligned_memory(model)
     return model
 

@@ -22,7 +22,7 @@ from transformers import (
 
 import moe_offload
 from moe_offload import memory
-from moe_offload.dense import use_native_linears
+from moe_offload.dense import use_dense_kernels
 from moe_offload.errors import BudgetError, CheckpointError, StateError, UnsupportedModelError
 from moe_offload.huggingface import loading
 from moe_offload.huggingface.experts import NAME
@@ -31,7 +31,7 @@ from moe_offload.safetensors_file import Checkpoint, read_header
 
 def logits(model: Any, prompt: Tensor | None = None) -> Tensor:
     model.set_experts_implementation(NAME)  # also once restored: the kernels of the slots
-    use_native_linears(model)
+    use_dense_kernels(model)
     with torch.no_grad():
         return model(prompt_ids() if prompt is None else prompt).logits
 

@@ -23,7 +23,7 @@ from transformers import FineGrainedFP8Config, Mxfp4Config
 
 import moe_offload
 from moe_offload import planning
-from moe_offload.dense import use_native_linears
+from moe_offload.dense import use_dense_kernels
 from moe_offload.errors import CheckpointError, StateError, UnsupportedModelError
 from moe_offload.safetensors_file import read_header
 
@@ -123,7 +123,7 @@ def test_restore_leaves_the_dequantised_model(
     for key, tensor in twin.state_dict().items():
         assert torch.equal(model.state_dict()[key], tensor), key
     model.set_experts_implementation("moe_offload")
-    use_native_linears(model)
+    use_dense_kernels(model)
     assert torch.equal(logits(model), logits(twin))
     assert getattr(model.config, "quantization_config", None) is None
 

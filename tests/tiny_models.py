@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from moe_offload.dense import use_native_linears
+from moe_offload.dense import use_dense_kernels
 from moe_offload.huggingface.experts import NAME
 from moe_offload.verification import to_aligned_memory
 
@@ -115,7 +115,7 @@ def tiny_model(
                 if parameter.dim() >= 2:  # norms keep their ones
                     parameter.copy_(torch.randn(parameter.shape) * 0.15)
     if implementation == NAME:
-        use_native_linears(model)
+        use_dense_kernels(model)
     model.generation_config.eos_token_id = None  # every generation runs to its full length
     return model
 
@@ -137,6 +137,6 @@ def plain_model(folder: str | Path, **options: Any) -> PreTrainedModel:
     """
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.set_experts_implementation(NAME)
-    use_native_linears(model)
+    use_dense_kernels(model)
     to_aligned_memory(model)
     return model

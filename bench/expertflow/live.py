@@ -80,7 +80,7 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...]) -> list[Row]:
     resident = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", experts_implementation="moe_offload"
     ).eval()
-    moe_offload.use_native_linears(resident)
+    moe_offload.use_dense_kernels(resident)
     to_aligned_memory(resident)
     rows: list[Row] = []
     for number, setting in enumerate(plan.settings):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload.config import OffloadConfig, format_bytes
-from moe_offload.dense import use_native_linears
+from moe_offload.dense import use_dense_kernels
 from moe_offload.errors import DeviceError, PredictorError, StateError, UnsupportedModelError
 from moe_offload.expert_layer import ExpertLayer
 from moe_offload.huggingface.adapters import experts_module, find_expert_layers
@@ -198,8 +198,8 @@ class Attachment:
         for index in range(len(self.layers)):
             self._page(index)
         self._guard_model(model)
-        if config.native_linears:
-            self._undo.append(use_native_linears(model))
+        if config.native_dense:
+            self._undo.append(use_dense_kernels(model))
         vars(model)["_moe_offload"] = self
         closer = weakref.finalize(model, self.offloader.close)  # a dead model leaves no threads
         self._undo.append(closer.detach)
