@@ -411,6 +411,10 @@ PYBIND11_MODULE(_core, m) {
             "layer"_a, "experts"_a, ReleaseGil(),
             "Absent ones of these experts; the resident ones are kept from prefetches' victims.")
         .def(
+            "read_ahead", &Pager::read_ahead, "layer"_a, ReleaseGil(),
+            "Starts copies of a layer's absent pages into free slots, until as many are ahead as a "
+            "scan streams through; returns how many.")
+        .def(
             "cancel_prefetches",
             [](Pager& self, int32_t layer, const std::vector<int32_t>& keep) {
                 self.cancel_prefetches(layer, keep);

@@ -124,10 +124,23 @@ def run_paged(
         ) as ticket:
             if handle.pool.on_acquired is not None:  # prefetches queue up behind these misses
                 handle.pool.on_acquired()
+            reads_ahead = _next_layer_will_scan(handle, run.experts, len(hidden))
             while ready := ticket.next():
                 run.compute(handle.pool, ready)  # no resize while a ticket is open
                 ticket.release([index for index, _ in ready])
+                if reads_ahead:  # else the disk is idle until the next layer was routed
+                    pager.read_ahead(handle.layer + 1)
         return run.finish()
+
+
+def _next_layer_will_scan(handle: PagedLayer, experts: Sequence[int], num_tokens: int) -> bool:
+    """Whether the call wants nearly all experts of the pool's next layer: it does of this one."""
+    return (
+        handle.pool.reads_ahead
+        and num_tokens > 1
+        and 8 * len(experts) >= 7 * handle.num_experts
+        and handle.layer + 1 < len(handle.pool.num_experts)
+    )
 
 
 def _router_weights(

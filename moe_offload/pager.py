@@ -105,6 +105,9 @@ class ExpertPool:
             and self._source.io_mode != "buffered"
         )
         self.slot_stride = layout.slot_stride + (SLOT_ALIGN if self.shifted else 0)
+        # A prompt's reads of the next layer begin while this one is computed, see layer.py. Not
+        # measured, so not done, for pages in memory and slots on a GPU.
+        self.reads_ahead = device.cuda is None and isinstance(self._source, _core.FileSource)
         self.on_acquired: Callable[[], None] | None = None  # a predictor's turn, see predictors/
         self._past: Counters = {}  # counters of pagers that a resize replaced
         self._open(num_slots)

@@ -23,6 +23,10 @@ def model():
     torch.set_num_threads(num_threads)
 
 
+def pages_read(stats) -> int:
+    return stats["demand_misses"] + stats["prefetch_hits"] + stats["joined_prefetches"]
+
+
 def decode(model, cache, token, steps: int):
     for _ in range(steps):
         out = model(input_ids=token, past_key_values=cache, use_cache=True)
@@ -46,7 +50,7 @@ def hit_rate_of_later_tokens(model, seed: int, prompt_between: bool) -> float:
         assert stats["acquires"] == model.config.num_hidden_layers  # each layer asks once
         assert stats["lookups"] <= stats["num_pages"]
         payload = stats["demand_bytes"] / stats["demand_misses"]
-        assert stats["disk_bytes"] <= stats["demand_misses"] * (payload + 2 * 4096 * 3)
+        assert stats["disk_bytes"] <= pages_read(stats) * (payload + 2 * 4096 * 3)
     offloader.reset_stats()
     decode(model, cache, token, AFTER)
     return offloader.stats()["hit_rate"]
@@ -59,3 +63,29 @@ def test_a_prompt_of_512_tokens_costs_decoding_at_most_three_points(model) -> No
         lost.append(100 * (without - hit_rate_of_later_tokens(model, seed, prompt_between=True)))
     assert sum(lost) / len(lost) <= 3, f"points lost: {lost}"
     print(f"points lost: {lost}")
+
+
+@torch.no_grad()
+def test_a_prompt_reads_the_next_layer_while_this_one_is_computed(model) -> None:
+    """Into the slots that the scan gives back: it reads no page more, and none twice."""
+    offloader = moe_offload.get_offloader(model)
+    (pool,) = offloader.pools
+    generator = torch.Generator().manual_seed(7)
+    first, second = torch.randint(
+        model.config.vocab_size, (2, 1, PROMPT_TOKENS), generator=generator
+    )
+    seen = {}
+    for reads_ahead in (True, False):
+        pool.reads_ahead = reads_ahead
+        pool.resize(pool.num_slots)  # the cache starts empty
+        model(input_ids=first, use_cache=False)
+        offloader.reset_stats()
+        logits = model(input_ids=second, use_cache=False).logits
+        seen[reads_ahead] = logits, offloader.stats()
+    pool.reads_ahead = True
+    (logits, ahead), (expected, without) = seen[True], seen[False]
+    assert torch.equal(logits, expected)
+    assert pages_read(ahead) == pages_read(without)
+    assert ahead["prefetch_bytes_wasted"] == without["prefetch_bytes_used"] == 0
+    used = [row["prefetch_bytes_used"] > 0 for row in ahead["per_layer"]]
+    assert used == [False] + [True] * (len(used) - 1)

@@ -169,7 +169,7 @@ std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> e
     ticket->items_.resize(experts.size());
     ticket->num_undelivered_ = experts.size();
     // The pages that are here are locked before any slot is given away.
-    std::vector<int32_t> misses;
+    std::vector<int32_t> misses, fresh;
     for (size_t i = 0; i < experts.size(); ++i) {
         const PageIndex page = pages_[i];
         Ticket::Item& item = ticket->items_[i];
@@ -177,7 +177,7 @@ std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> e
         if (item.load) {
             table_.pin(item.load->slot);
             table_.touch(page);
-            join(item.load, counters);
+            if (join(item.load, counters)) fresh.push_back(static_cast<int32_t>(i));
         } else {
             item.load = std::make_shared<Load>();
             item.load->page = page;
@@ -192,19 +192,19 @@ std::shared_ptr<Ticket> Pager::acquire(int32_t layer, std::span<const int32_t> e
         if (load && !load->demanded && layer_of(load->page) == layer) cancel(load);
     }
     counters.demand_misses += misses.size();
-    if (!misses.empty()) schedule_misses(*ticket, request, misses);
+    if (!misses.empty()) schedule_misses(*ticket, request, misses, fresh);
     return ticket;
 }
 
-// A demand meets a page that is resident or on its way.
-void Pager::join(const std::shared_ptr<Load>& load, LayerCounters& counters) {
+// A demand meets a page that is resident or on its way. True at the first use of a prefetch.
+bool Pager::join(const std::shared_ptr<Load>& load, LayerCounters& counters) {
     const bool first_use = load->cause == Load::Cause::kPrefetch && !load->demanded;
     load->demanded = true;
     if (load->state == Load::State::kReady) {
         if (first_use) counters.prefetch_bytes_used += load->bytes;
         if (first_use && load->fence) {  // enqueued, but not here yet
             ++counters.joined_prefetches;
-            return;
+            return true;
         }
         ++counters.hits;
         if (first_use) ++counters.prefetch_hits;
@@ -212,22 +212,26 @@ void Pager::join(const std::shared_ptr<Load>& load, LayerCounters& counters) {
         ++counters.joined_prefetches;
         if (load->job) engine_->promote(load->job);
     }
+    return first_use;
 }
 
 // Gives slots to the misses of a ticket and starts the copies that need not wait for a release.
 void Pager::schedule_misses(Ticket& ticket, const LayerRequest& request,
-                            std::span<const int32_t> misses) {
+                            std::span<const int32_t> misses, std::span<const int32_t> fresh) {
     const auto load_of = [&](int32_t item) -> const std::shared_ptr<Load>& {
         return ticket.items_[static_cast<size_t>(item)].load;
     };
     const SlotTable::Circumstances live{
         [&](int32_t item) { return load_of(item)->state == Load::State::kReady; },
         [this] { return reclaim_prefetch(); }};
-    const auto& admitted = table_.admit(request, misses, admit_limit_, live);
+    const auto& admitted = table_.admit(request, misses, fresh, admit_limit_, live);
     for (const PageIndex page : table_.evicted()) {
         account_eviction(page);
         loads_[page] = nullptr;
     }
+    for (const int32_t item : fresh)  // those that pass through are nobody else's any more
+        if (const PageIndex page = load_of(item)->page; table_.slot_of(page) == kNoSlot)
+            loads_[page] = nullptr;
     if (admitted.empty()) {  // other tickets pin everything: wait for them
         for (const int32_t index : misses) starved_.emplace_back(&ticket, index);
         return;

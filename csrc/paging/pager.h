@@ -102,6 +102,12 @@ class Pager : public std::enable_shared_from_this<Pager> {
     // of the policy's victims, never one that holds a prefetch whose layer was not routed since.
     // Returns how many copies were started. A page already resident or on its way costs nothing.
     size_t prefetch(int32_t layer, std::span<const int32_t> experts);
+    // Starts copies of absent pages of a layer, in the order of experts, into free slots, until as
+    // many are ahead as a scan streams through; evicts nothing. To be called after each release by
+    // who has scanned the layer before and will want nearly all of this one: the slots that the
+    // scan gives back are filled again while that layer is not yet routed. Returns how many copies
+    // were started.
+    size_t read_ahead(int32_t layer);
     // Which of these experts are neither resident nor on their way, in the order given. Those that
     // are resident are protected: until the layer's next acquire no prefetch evicts them. (Least
     // recently used are the very layers a prefetch is for, so without this the prefetch of one
@@ -166,15 +172,16 @@ class Pager : public std::enable_shared_from_this<Pager> {
     uint64_t visit(int32_t layer) const;
 
     void evict_at_random();
-    void join(const std::shared_ptr<Load>& load, LayerCounters& counters);
+    bool join(const std::shared_ptr<Load>& load, LayerCounters& counters);
     void schedule_misses(Ticket& ticket, const LayerRequest& request,
-                         std::span<const int32_t> misses);
+                         std::span<const int32_t> misses, std::span<const int32_t> fresh);
     bool place(PageIndex page, SlotIndex& slot);
     std::shared_ptr<Load> own(PageIndex page, SlotIndex slot, Load::Cause cause);
     void forget(PageIndex page);
     void account_eviction(PageIndex page);
     void start(const std::shared_ptr<Load>& load);
     bool cancel(const std::shared_ptr<Load>& load);
+    void start_prefetch(PageIndex page, SlotIndex slot);
     bool reclaim_prefetch();
     void serve_starved();
     void on_copy_done(const std::weak_ptr<Load>& weak, PageIndex page, SlotIndex slot,

@@ -27,13 +27,42 @@ size_t Pager::prefetch(int32_t layer, std::span<const int32_t> experts) {
             account_eviction(placed->evicted);
             loads_[placed->evicted] = nullptr;
         }
-        const auto load = own(page, placed->slot, Load::Cause::kPrefetch);
-        load->expected_at = visit(layer);
-        prefetching_.push_back(load);
-        start(load);
+        start_prefetch(page, placed->slot);
         ++started;
     }
     return started;
+}
+
+size_t Pager::read_ahead(int32_t layer) {
+    check_usable();
+    Lock lock(mutex_);
+    check_request(layer, {});
+    const int32_t num_experts = options_.num_experts[static_cast<size_t>(layer)];
+    size_t ahead = 0;  // already
+    for (int32_t expert = 0; expert < num_experts; ++expert) {
+        const auto& load = loads_[page_of(layer, expert)];
+        if (load && load->cause == Load::Cause::kPrefetch && !load->demanded) ++ahead;
+    }
+    const size_t most = stream_slots(admit_limit_);
+    size_t started = 0;
+    for (int32_t expert = 0; expert < num_experts && ahead < most; ++expert) {
+        const PageIndex page = page_of(layer, expert);
+        if (loads_[page]) continue;
+        const auto slot = table_.place_free(page);
+        if (!slot) break;
+        if (log_) log_->add(EventKind::kPrefetch, layer, std::span(&expert, 1), {}, 0);
+        start_prefetch(page, *slot);
+        ++ahead;
+        ++started;
+    }
+    return started;
+}
+
+void Pager::start_prefetch(PageIndex page, SlotIndex slot) {
+    const auto load = own(page, slot, Load::Cause::kPrefetch);
+    load->expected_at = visit(layer_of(page));
+    prefetching_.push_back(load);
+    start(load);
 }
 
 // Number of the layer's coming acquire, from 1. reset_counters must not set it back.

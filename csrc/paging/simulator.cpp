@@ -109,6 +109,7 @@ int32_t Simulator::request(int32_t layer, std::span<const float> weights, int32_
     counters.lookups += pages_.size();
     misses_.clear();
     pinned_.clear();
+    fresh_.clear();
     for (size_t i = 0; i < pages_.size(); ++i) {
         const PageIndex page = pages_[i];
         const SlotIndex slot = table_.slot_of(page);
@@ -123,11 +124,12 @@ int32_t Simulator::request(int32_t layer, std::span<const float> weights, int32_
         if (unused_[page]) {
             unused_[page] = false;
             ++counters.prefetch_hits;
+            fresh_.push_back(static_cast<int32_t>(i));
         }
     }
     counters.demand_misses += misses_.size();
     if (!misses_.empty()) {
-        const auto& admitted = table_.admit(request, misses_, admit_limit_, {});
+        const auto& admitted = table_.admit(request, misses_, fresh_, admit_limit_, {});
         for (const PageIndex page : table_.evicted()) count_eviction(page);
         counters.bypasses += misses_.size();
         for (const auto& miss : admitted) {

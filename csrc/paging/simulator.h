@@ -55,7 +55,7 @@ class Simulator {
     uint64_t serial_ = 0;
     std::vector<PageIndex> pages_;
     std::vector<int32_t> routes_;  // of the next request
-    std::vector<int32_t> misses_;
+    std::vector<int32_t> misses_, fresh_;
     std::vector<SlotIndex> pinned_;
 };
 

@@ -6,8 +6,7 @@
 namespace moe_offload {
 namespace {
 
-// Slots a scan streams through: one page is computed while the next three arrive.
-constexpr size_t kStreamSlots = 4;
+constexpr size_t kFewStreamSlots = 4, kMostStreamSlots = 8;
 // Of a layer's share, how much one scan may renew.
 constexpr size_t kTrickle = 8;
 
@@ -15,6 +14,10 @@ constexpr size_t kTrickle = 8;
 
 size_t default_admit_limit(size_t num_slots, size_t num_layers) {
     return std::max((num_slots + num_layers - 1) / num_layers, kMinSlots);
+}
+
+size_t stream_slots(size_t limit) {
+    return std::clamp(limit / 2, kFewStreamSlots, kMostStreamSlots);
 }
 
 SlotTable::SlotTable(size_t num_pages, size_t num_slots, std::unique_ptr<EvictionPolicy> policy)
@@ -40,9 +43,11 @@ void SlotTable::begin_request(LayerRequest& request) {
 
 const std::vector<SlotTable::Admitted>& SlotTable::admit(const LayerRequest& request,
                                                          std::span<const int32_t> misses,
+                                                         std::span<const int32_t> fresh,
                                                          size_t limit, const Circumstances& live) {
     admitted_.clear();
     chains_.clear();
+    passing_.clear();
     evicted_.clear();
     order_.clear();
     missed_.assign(request.pages.size(), false);
@@ -64,11 +69,19 @@ const std::vector<SlotTable::Admitted>& SlotTable::admit(const LayerRequest& req
         // in order: what single tokens have gathered is worth more than its last pages (a scan, as
         // of a disk cache). It streams through a few slots, which are free again for the next
         // layer, and leaves behind what fits into free slots and a trickle, so that the cache
-        // still follows when only large batches come.
-        const size_t free = free_.size();
-        staying = std::max({size_t{1}, limit / kTrickle,
-                            free > kStreamSlots ? std::min(free - kStreamSlots, limit) : 0});
-        limit = std::min(limit, std::max(free, kStreamSlots));
+        // still follows when only large batches come. Some of those slots may hold what was read
+        // ahead for it.
+        const size_t stream = stream_slots(limit);
+        const size_t free = free_.size() + fresh.size();
+        staying = std::max(
+            {size_t{1}, limit / kTrickle, free > stream ? std::min(free - stream, limit) : 0});
+        limit = std::min(limit, std::max(free, stream));
+        limit -= std::min(fresh.size(), limit - std::min(staying, limit));
+        for (const int32_t item : fresh) {
+            const PageIndex page = request.pages[static_cast<size_t>(item)];
+            passing_.push_back({item, slot_of_[page], item, false});
+            drop(page);
+        }
     }
     const size_t share = chooses ? policy_->smallest_share(count) : limit;
     for (size_t k = 0; k < limit; ++k) {
@@ -78,7 +91,7 @@ const std::vector<SlotTable::Admitted>& SlotTable::admit(const LayerRequest& req
         bool taken = take(request, item, forced, from_hits, live);
         while (!taken && forced && live.reclaim && live.reclaim())
             taken = take(request, item, forced, from_hits, live);
-        if (!taken && forced && !from_hits && chains_.empty()) {
+        if (!taken && forced && !from_hits && chains_.empty() && passing_.empty()) {
             // The pool is so small that this request's own hits fill it: through their slots.
             from_hits = true;
             taken = take(request, item, forced, from_hits, live);
@@ -86,13 +99,16 @@ const std::vector<SlotTable::Admitted>& SlotTable::admit(const LayerRequest& req
         if (!taken) break;
         missed_[static_cast<size_t>(item)] = false;
     }
-    if (chains_.empty()) return admitted_;
+    if (chains_.empty() && passing_.empty()) return admitted_;
     for (size_t k = 0; k + staying < chains_.size(); ++k) {  // the least worth staying
         drop(request.pages[static_cast<size_t>(chains_[k].item)]);
         chains_[k].stays = false;
     }
 
-    // Those that pass through go first, dealt to the chains in turn.
+    // Those that pass through go first, dealt to the chains in turn. Chains behind what was read
+    // ahead have no page that stays at their end.
+    const size_t num_taken = chains_.size();
+    chains_.insert(chains_.end(), passing_.begin(), passing_.end());
     size_t next = 0;
     for (const auto& [worth, item] : order_) {
         if (!missed_[static_cast<size_t>(item)]) continue;
@@ -101,6 +117,7 @@ const std::vector<SlotTable::Admitted>& SlotTable::admit(const LayerRequest& req
         pin(chain.slot);
         chain.after = item;
     }
+    chains_.resize(num_taken);
     admitted_.insert(admitted_.end(), chains_.begin(), chains_.end());
     return admitted_;
 }

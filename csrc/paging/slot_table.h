@@ -16,10 +16,12 @@ namespace moe_offload {
 using SlotIndex = int32_t;
 constexpr SlotIndex kNoSlot = -1;
 constexpr size_t kMinSlots = 2;  // one page can be computed while the next arrives
-
 // Misses of one request that may stay when the policy leaves it to us: a layer's even share of the
 // slots, so that a prompt that touches every expert of a layer cannot empty the others' cache.
 size_t default_admit_limit(size_t num_slots, size_t num_layers);
+// Slots a scan streams through, of a layer whose share is `limit`: one page is computed while the
+// next ones arrive, and as many of the following layer are read while that one is not yet routed.
+size_t stream_slots(size_t limit);
 
 class SlotTable {
   public:
@@ -60,9 +62,12 @@ class SlotTable {
     // stay in, who passes through whose slot. Each miss appears once, in the order copies should
     // be asked for, its slot pinned on its behalf; {} when every slot is pinned by others (or the
     // policy needs none). At most `limit` misses stay, unless the policy chooses itself. Valid
-    // until the next call.
+    // until the next call. `fresh`: hits on pages that were fetched ahead and never used before. In
+    // a scan they pass through, as the misses that they would have been: they have no slot of their
+    // own any more, and misses are chained behind them.
     const std::vector<Admitted>& admit(const LayerRequest& request, std::span<const int32_t> misses,
-                                       size_t limit, const Circumstances& live);
+                                       std::span<const int32_t> fresh, size_t limit,
+                                       const Circumstances& live);
     // Pages that lost their slot in the last `admit`.
     const std::vector<PageIndex>& evicted() const { return evicted_; }
 
@@ -90,7 +95,7 @@ class SlotTable {
     int32_t last_layer_ = -1;
 
     // Scratch of admit, kept for its memory.
-    std::vector<Admitted> admitted_, chains_;
+    std::vector<Admitted> admitted_, chains_, passing_;
     std::vector<PageIndex> evicted_;
     std::vector<std::pair<double, int32_t>> order_;  // worth, item
     std::vector<bool> missed_;                       // by item

@@ -79,8 +79,10 @@ struct Pool {
     }
 
     // One layer's forward: every page must arrive once and stay intact until it is released.
-    void forward(int32_t layer, const std::vector<int32_t>& experts) {
-        const auto ticket = pager->acquire(layer, experts);
+    // After each release the pages of layer `ahead` are read ahead; -1: none.
+    void forward(int32_t layer, const std::vector<int32_t>& experts, int32_t num_tokens = 0,
+                 int32_t ahead = -1) {
+        const auto ticket = pager->acquire(layer, experts, {}, num_tokens);
         std::set<int32_t> seen;
         while (true) {
             const auto ready = ticket->next();
@@ -95,6 +97,7 @@ struct Pool {
             for (const auto& [index, slot] : ready)
                 CHECK(holds(slot, layer, experts[size_t(index)]));
             ticket->release(indices);
+            if (ahead >= 0) pager->read_ahead(ahead);
         }
         CHECK_EQ(seen.size(), experts.size());
     }

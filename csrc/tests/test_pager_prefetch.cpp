@@ -1,4 +1,5 @@
 // What nobody waits for: prefetches are counted, joined, cancelled, and make way for demands.
+#include <numeric>
 #include <set>
 
 #include "pager_pool.h"
@@ -132,6 +133,56 @@ void cancelling_keeps_what_is_still_predicted() {
     CHECK_EQ(pool.residents(), (Pages{{0, 1}, {1, 3}}));
 }
 
+// A prompt's scan of 32 experts with 24 slots in two layers: the slots that it streamed through are
+// filled with the next layer's first absent pages, those pass through as misses do, and the cache
+// is no smaller for it.
+void what_is_read_ahead_of_a_scan_passes_through() {
+    Pool pool(24, 2, 32);
+    std::vector<int32_t> all(32);
+    std::iota(all.begin(), all.end(), 0);
+    const std::vector<int32_t> some(all.begin(), all.begin() + 12);
+    pool.forward(0, some);
+    pool.forward(1, some);
+    CHECK_EQ(pool.pager->read_ahead(1), 0u);  // it evicts nothing
+    pool.forward(0, all, 512, 1);             // 6 slots, one of them for a page that stays
+    CHECK_EQ(pool.pager->read_ahead(1), 0u);
+    pool.pager->drain();
+    CHECK_EQ(pool.total().evictions, 6u);
+    CHECK_EQ(pool.residents().size(), 24u);
+    for (int32_t expert = 0; expert < 5; ++expert)  // the six oldest of layer 1 had been evicted
+        CHECK(pool.residents().contains({1, expert}));
+    CHECK(!pool.residents().contains({1, 5}));
+
+    pool.pager->reset_counters();
+    pool.forward(1, all, 512);
+    const LayerCounters sum = pool.total();
+    CHECK_EQ(sum.hits, 11u);
+    CHECK_EQ(sum.prefetch_hits, 5u);
+    CHECK_EQ(sum.demand_misses, 21u);
+    CHECK_EQ(sum.bypasses, 20u);
+    CHECK_EQ(sum.evictions, 1u);
+    CHECK_EQ(sum.prefetch_bytes_used, 5 * kBytes);
+    CHECK_EQ(pool.residents().size(), 19u);
+    for (int32_t expert = 0; expert < 5; ++expert) CHECK(!pool.residents().contains({1, expert}));
+}
+
+// A ticket that ends early gives up what it had chained behind a page that was read ahead.
+void a_ticket_closed_early_leaves_what_was_read_ahead() {
+    Pool pool(24, 2, 32, 1);
+    std::vector<int32_t> all(32);
+    std::iota(all.begin(), all.end(), 0);
+    pool.forward(0, all, 512, 1);
+    pool.source->set_gate(false);
+    {
+        const auto ticket = pool.pager->acquire(1, all, {}, 512);
+    }
+    pool.source->set_gate(true);
+    pool.pager->drain();
+    pool.forward(1, all, 512);
+    pool.forward(0, all, 512, 1);
+    pool.forward(1, all, 512);
+}
+
 }  // namespace
 
 int main() {
@@ -143,4 +194,6 @@ int main() {
     RUN(a_prefetch_in_vain_makes_room_once_its_layer_was_routed);
     RUN(an_expected_page_is_kept_from_prefetches_until_its_layer_is_routed);
     RUN(cancelling_keeps_what_is_still_predicted);
+    RUN(what_is_read_ahead_of_a_scan_passes_through);
+    RUN(a_ticket_closed_early_leaves_what_was_read_ahead);
 }

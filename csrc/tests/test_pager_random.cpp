@@ -69,7 +69,9 @@ void decisions_do_not_depend_on_timing() {
                 std::vector<int32_t> experts;
                 for (int32_t e = 0; e < 8; ++e)
                     if (random() % 8 < unsigned(step % 7)) experts.push_back(e);
-                pool.forward(int32_t(random() % 3), experts);
+                const auto layer = int32_t(random() % 3);
+                // Every other request is of many tokens: more than a share of it is a scan.
+                pool.forward(layer, experts, step % 2 == 0 ? 9 : 1);
             }
             std::vector<LayerCounters> counters = pool.pager->counters();
             for (LayerCounters& layer : counters) layer.stall_ns = layer.overlap_ns = 0;
@@ -78,6 +80,39 @@ void decisions_do_not_depend_on_timing() {
                               counters.size() * sizeof(LayerCounters)) == 0);
             CHECK_EQ(pool.residents(), residents);
             CHECK(pool.total().swap_back_bytes > 0);
+        }
+    }
+}
+
+// Prompts that read each layer while the one before is computed, single tokens in between. All that
+// may depend on timing is whether a page was met in its slot or on its way there.
+void reading_ahead_does_not_depend_on_timing() {
+    for (const std::string& policy : policy_names(true)) {
+        std::vector<std::vector<uint64_t>> reference;
+        Pages residents;
+        for (const uint64_t seed : {0u, 1u, 2u}) {
+            Pool pool(13, 3, 16, seed == 2 ? 1 : 3, 0, policy, {1, 17});
+            if (seed > 0) pool.pager->set_chaos({seed, 100, true, 0.0}, 0.0);
+            std::mt19937 random(6);
+            for (int step = 0; step < 60; ++step)
+                for (int32_t layer = 0; layer < 3; ++layer) {
+                    std::vector<int32_t> experts;
+                    for (int32_t e = 0; e < 16; ++e)
+                        if (step % 4 == 0 || random() % 8 == 0) experts.push_back(e);
+                    const bool prompt = step % 4 == 0;
+                    pool.forward(layer, experts, prompt ? 99 : 1,
+                                 prompt && layer < 2 ? layer + 1 : -1);
+                }
+            pool.pager->drain();
+            std::vector<std::vector<uint64_t>> counted;
+            for (const LayerCounters& c : pool.pager->counters())
+                counted.push_back({c.lookups, c.hits + c.joined_prefetches, c.demand_misses,
+                                   c.bypasses, c.evictions, c.demand_bytes, c.prefetch_bytes_used,
+                                   c.prefetch_bytes_wasted});
+            if (seed == 0) reference = counted, residents = pool.residents();
+            CHECK_EQ(counted, reference);
+            CHECK_EQ(pool.residents(), residents);
+            if (policy == "lru") CHECK(pool.total().prefetch_bytes_used > 0);
         }
     }
 }
@@ -115,8 +150,9 @@ void random_requests_under_hostile_timing(int threads, size_t slots, const std::
                     if (random() % 8 == 0) {  // an exception between acquire and release
                         const auto ticket = pool.pager->acquire(layer, experts);
                         if (random() % 2 == 0) ticket->next();
-                    } else {
-                        pool.forward(layer, experts);
+                    } else {  // of few experts or, more than a share, a scan
+                        const int32_t ahead = random() % 2 == 0 ? -1 : (layer + 1) % 3;
+                        pool.forward(layer, experts, int32_t(random() % 3), ahead);
                     }
                 } catch (const PageReadError&) {
                     ++failures;
@@ -157,5 +193,6 @@ void random_requests() {
 int main() {
     RUN(residents_agree_with_a_textbook_lru);
     RUN(decisions_do_not_depend_on_timing);
+    RUN(reading_ahead_does_not_depend_on_timing);
     RUN(random_requests);
 }

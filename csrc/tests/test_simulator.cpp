@@ -22,16 +22,19 @@ EventView view(const EventLog& log) {
 }
 
 void forward(Pager& pager, int32_t layer, const std::vector<int32_t>& experts,
-             const std::vector<float>& weights, int32_t tokens) {
+             const std::vector<float>& weights, int32_t tokens, bool reads_ahead) {
     const auto ticket = pager.acquire(layer, experts, weights, tokens);
     for (auto ready = ticket->next(); !ready.empty(); ready = ticket->next()) {
         std::vector<int32_t> indices;
         for (const ReadyPage& page : ready) indices.push_back(page.index);
         ticket->release(indices);
+        if (reads_ahead) pager.read_ahead(layer + 1);
     }
+    if (reads_ahead) pager.drain();
 }
 
-// Decode steps with a prompt now and then, prefetches, predictions: live, recorded, replayed.
+// Decode steps with a prompt now and then, pages read ahead, prefetches, predictions: live,
+// recorded, replayed.
 void a_recorded_run_is_repeated_exactly() {
     for (const std::string& policy : policy_names(true))
         for (const size_t num_slots : {2u, 5u, 9u, 24u}) {
@@ -71,7 +74,7 @@ void a_recorded_run_is_repeated_exactly() {
                     std::vector<float> weights;
                     for (size_t i = 0; i < ids.size(); ++i)
                         weights.push_back(float(random() % 100) / 100.0F);
-                    forward(*pager, layer, ids, weights, prompt ? 9 : 1);
+                    forward(*pager, layer, ids, weights, prompt ? 9 : 1, prompt && layer < 2);
                 }
             }
             const EventLog log = pager->recorded();

@@ -49,7 +49,7 @@ size_t Leader::run(SlotTable& shadow, const LayerRequest& given) {
         pinned_.push_back(slot);
     }
     if (!misses_.empty())
-        for (const auto& admitted : shadow.admit(request, misses_, admit_limit_, {}))
+        for (const auto& admitted : shadow.admit(request, misses_, {}, admit_limit_, {}))
             pinned_.push_back(admitted.slot);
     for (const SlotIndex slot : pinned_) shadow.unpin(slot);
     return misses_.size();
