@@ -196,16 +196,21 @@ class PrefetchDriver:
                 break
 
     def _schedule_standing(self, now: int) -> None:
+        """What found no slot stands on: the next layer routed frees those of the one before."""
         for layer in range(now + 1, now + 1 + self.predictor.horizon):
-            asked = self._standing.pop(layer, None)
-            if asked is not None:
-                self._schedule(layer, asked)
+            asked = self._standing.get(layer)
+            if asked is not None and self._schedule(layer, asked):
+                del self._standing[layer]
 
-    def _schedule(self, layer: int, asked: _Asked) -> None:
-        """Fetch what is likely and absent, within the budget; cancel what is not likely now."""
+    def _schedule(self, layer: int, asked: _Asked) -> bool:
+        """Fetch what is likely and absent, within the budget; cancel what is not likely now.
+
+        Returns:
+            False when slots ran out.
+        """
         pool, local = self._pools[layer]
         if pool.num_slots >= pool.num_pages:
-            return  # everything is resident
+            return True  # everything is resident
         chances = self._chances.get(asked.moment)
         if chances is None:
             chances = self._chances[asked.moment] = Chances()
@@ -216,13 +221,15 @@ class PrefetchDriver:
             pool.pager.cancel_prefetches(local, likely)
             started.intersection_update(likely)
         if not likely:
-            return
-        asked.absent = pool.pager.expect(local, likely)
-        if asked.absent:
-            chosen = asked.absent[: self._budget(asked.moment)]
-            self._started_pages += pool.pager.prefetch(local, chosen)
-            started.update(chosen)
-        asked.begin_ns = time.perf_counter_ns()
+            return True
+        absent = pool.pager.expect(local, likely)
+        chosen = absent[: self._budget(asked.moment)]
+        count = pool.pager.prefetch(local, chosen) if chosen else 0
+        self._started_pages += count
+        started.update(chosen[:count])
+        asked.absent.update(absent)
+        asked.begin_ns = asked.begin_ns or time.perf_counter_ns()
+        return count == len(chosen)
 
     def _budget(self, moment: str) -> int:
         """Pages whose copies fit into the time until they are needed, and one that may not."""
@@ -250,7 +257,7 @@ class PrefetchDriver:
                 before = self._lead_ns.get(asked.moment, lead)
                 self._lead_ns[asked.moment] = 0.9 * before + 0.1 * lead
             if asked.absent:
-                asked.ranking.teach(self._chances[asked.moment], asked.absent, used)
+                asked.ranking.teach(self._chances[asked.moment], list(asked.absent), used)
 
     def _measure_miss(self) -> None:
         """Seconds the model waits per page it misses, from the pagers' own counters."""
@@ -313,14 +320,14 @@ class _Asked:
     Attributes:
         moment: when it was made, see `LiveRecall`.
         ranking: what was said.
-        absent: which of the likely ones were absent. begin_ns: when their copies were asked for.
+        absent: which of the likely ones were absent. begin_ns: when copies were first asked for.
     """
 
     __slots__ = ("absent", "begin_ns", "moment", "ranking")
 
     def __init__(self, moment: str, scores: np.ndarray) -> None:
         self.moment, self.ranking = moment, Ranking(scores)
-        self.absent: list[int] = []
+        self.absent: set[int] = set()
         self.begin_ns = 0
 
 
