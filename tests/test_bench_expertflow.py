@@ -68,6 +68,15 @@ def test_what_is_missing_is_named(workloads, tmp_path: Path) -> None:
         workloads.prompts("xsum", 1, tmp_path)
 
 
+def test_another_models_rows_need_a_file_of_their_own(data: Path, tmp_path: Path) -> None:
+    script = [sys.executable, str(FOLDER / "live.py"), "--data", str(data)]
+    done = subprocess.run(
+        [*script, "--model", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--model needs --name: the rows of two models never share a file" in done.stderr
+
+
 @pytest.mark.slow
 def test_every_preset_is_a_row(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "live.json"

@@ -13,6 +13,15 @@ prefetching, in first-come order.
                                                                 the file has from other parts
     python bench/expertflow/live.py --data FOLDER --part smallest   two slots, and a sixteenth
     python bench/expertflow/live.py --data FOLDER --quick
+
+Another model, here one of the Switch Transformer's shape (one expert of 32 works on a token), which
+does not travel with the package; an hour on a core, then half an hour for its predictor:
+
+    python bench/tiny_moe/train.py --top-k 1 --inner 128 --minutes 50 --threads 1 --run RUN
+    python bench/tiny_moe/evaluate.py --run RUN --models RUN
+    python bench/tiny_moe/predictors.py --model RUN/tiny_moe --corpus CORPUS --kinds rpp
+    python bench/expertflow/live.py --data FOLDER --part paper --model RUN/tiny_moe --name switch \
+        --presets cache-moe,se-moe,expertflow,auto
 """
 
 from __future__ import annotations
@@ -30,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from harness import RESULTS, Row, environment, machine_name, median, pin_to_cores, print_table
 from workloads import WORKLOADS, prompts
+
+from moe_offload.models import tiny_moe_path
 
 PRESETS = ("cache-moe", "cache-moe-swap-back", "se-moe", "pregated-moe", "expertflow", "auto")
 
@@ -62,20 +73,20 @@ def standard() -> Plan:
 SMALLEST = Plan(
     [Setting("mixed", cap, batch) for cap in (2.02 / 192, 1 / 16) for batch in (1, 16)], 16, 2, 2
 )
+# What the paper gives hit ratios for, in rounds enough to tell them to a point.
+PAPER = Plan([Setting("mixed", cap, b) for cap in (0.25, 0.5) for b in (1, 4, 16, 32)], 16, 2, 6)
 QUICK = Plan([Setting("mixed", 0.25, 4), Setting("alpaca", 0.5, 2)], 4, 2, 1)
 
 
-def run(plan: Plan, data: Path, presets: tuple[str, ...]) -> list[Row]:
-    """One row per setting and preset."""
+def run(plan: Plan, data: Path, presets: tuple[str, ...], path: Path) -> list[Row]:
+    """One row per setting and preset, on the model in the folder `path`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     import moe_offload
     import moe_offload.huggingface  # the resident model computes with the kernels the slots use
-    from moe_offload.models import tiny_moe_path
     from moe_offload.verification import to_aligned_memory
 
     logging.disable_progress_bar()
-    path = tiny_moe_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
     resident = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", experts_implementation="moe_offload"
@@ -218,26 +229,35 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the texts")
     parser.add_argument("--quick", action="store_true", help="two small settings")
-    parser.add_argument("--part", default="1/1", help="k/n of the settings, or smallest")
+    parser.add_argument("--part", default="1/1", help="k/n of the settings, smallest or paper")
+    parser.add_argument("--model", type=Path, help="folder of another model than the packaged one")
+    parser.add_argument("--name", help="write to expertflow_live_NAME.json (needed with --model)")
     parser.add_argument("--presets", default=",".join(PRESETS))
     parser.add_argument("--machine", help="name of the results folder; default: from the CPU")
     parser.add_argument("--output", type=Path, help="write the JSON here instead")
     arguments = parser.parse_args()
+    if arguments.model is not None and arguments.name is None:
+        parser.error("--model needs --name: the rows of two models never share a file")
     pin_to_cores(2)
     record = environment()
     record["command"] = f"python bench/expertflow/live.py --data FOLDER --part {arguments.part}"
-    smallest = arguments.part == "smallest"
-    plan = SMALLEST if smallest else QUICK if arguments.quick else standard()
-    part, parts = (1, 1) if smallest else map(int, arguments.part.split("/"))
+    record["command"] += " --model MODEL" if arguments.model is not None else ""
+    record["command"] += f" --name {arguments.name}" if arguments.name is not None else ""
+    named = {"smallest": SMALLEST, "paper": PAPER}
+    plan = named.get(arguments.part) or (QUICK if arguments.quick else standard())
+    part, parts = (1, 1) if arguments.part in named else map(int, arguments.part.split("/"))
     first, last = (len(plan.settings) * k // parts for k in (part - 1, part))
     some = replace(plan, settings=plan.settings[first:last])
-    rows = run(some, arguments.data, tuple(arguments.presets.split(",")))
-    print_table(rows, COLUMNS, "Live on the packaged model; decoding only, tokens checked")
+    model = arguments.model or tiny_moe_path()
+    rows = run(some, arguments.data, tuple(arguments.presets.split(",")), model)
+    print_table(rows, COLUMNS, f"Live on {model.name}; decoding only, tokens checked")
     path = arguments.output
     if path is None:
-        path = RESULTS / (arguments.machine or machine_name()) / "expertflow_live.json"
+        suffix = f"_{arguments.name}" if arguments.name is not None else ""
+        path = RESULTS / (arguments.machine or machine_name()) / f"expertflow_live{suffix}.json"
     environments = {arguments.part: record}
-    if (smallest or parts > 1) and path.is_file():  # beside what other parts measured
+    beside = arguments.part == "smallest" or parts > 1
+    if beside and path.is_file():  # what other parts measured stays
         before = json.loads(path.read_text())
         done = {(row["workload"], row["cap"], row["batch"]) for row in rows}
         rows = [

@@ -248,7 +248,8 @@ at work. Prompts beyond {recipe["late_seq_len"]} tokens are longer than anything
 
     export MALLOC_ARENA_MAX=1
     export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000
-    python bench/tiny_moe/train.py --run RUN --minutes {start["minutes"]:g}
+    python bench/tiny_moe/train.py --run RUN --minutes {start["minutes"]:g} \
+        --top-k {c["num_experts_per_tok"]} --inner {c["moe_intermediate_size"]}
     python bench/tiny_moe/evaluate.py --run RUN
 
 The budget is wall time, so another machine takes another number of steps and ends with other

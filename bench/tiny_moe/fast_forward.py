@@ -160,7 +160,9 @@ def forward(
             ahead = pregates(layer, h)
         probs = logits.softmax(-1)  # [T, E]
         top, top_ids = probs.topk(config.num_experts_per_tok, dim=-1)
-        top = (top / top.sum(-1, keepdim=True)).bfloat16()
+        if config.norm_topk_prob:
+            top = top / top.sum(-1, keepdim=True)
+        top = top.bfloat16()
         gate_up, down = (w[p + f"mlp.experts.{n}_proj"] for n in ("gate_up", "down"))
         x = x + _Experts.apply(h, top, top_ids, gate_up, down).view_as(x)
         routing.append(Routing(probs.view(batch, seq_len, -1), top_ids.view(batch, seq_len, -1)))

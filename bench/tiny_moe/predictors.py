@@ -1,6 +1,7 @@
 """Trains the predictors that ship with the packaged model, from the training part of its corpus.
 
     python bench/tiny_moe/predictors.py --corpus CORPUS --minutes 30
+    python bench/tiny_moe/predictors.py --corpus CORPUS --model FOLDER   another one of train.py's
 
 Two kinds of sequences: windows of the text itself, and what the model writes after the first 48
 tokens of other windows (half greedy, half sampled), because that is what it will be asked to
@@ -71,9 +72,10 @@ def write(model: torch.nn.Module, prompt: Tensor, seed: int) -> Tensor:
         )
 
 
-def gather(model: torch.nn.Module, corpus: Path, share: float, seed: int = 0) -> list[Sample]:
+def gather(
+    model: torch.nn.Module, tokenizer: Tokenizer, corpus: Path, share: float, seed: int = 0
+) -> list[Sample]:
     """A share of all sequences, routed; prompts of the text windows are 16 to 64 tokens."""
-    tokenizer = Tokenizer.from_file(str(tiny_moe_path() / "tokenizer.json"))
     domains = load_corpus(corpus, tokenizer)
     rng = np.random.default_rng(seed)
     samples = []
@@ -96,7 +98,8 @@ def gather(model: torch.nn.Module, corpus: Path, share: float, seed: int = 0) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, default=os.environ.get("MOE_OFFLOAD_CORPUS"))
-    parser.add_argument("--out", type=Path, default=tiny_moe_path() / "predictors")
+    parser.add_argument("--model", type=Path, default=tiny_moe_path(), help="(the packaged one)")
+    parser.add_argument("--out", type=Path, help="(the model's folder predictors)")
     parser.add_argument("--minutes", type=float, default=30, help="of training the RPP (30)")
     parser.add_argument("--share", type=float, default=1.0, help="of the sequences (1)")
     parser.add_argument("--kinds", default="rpp,preattention,pregate", help="(all)")
@@ -104,22 +107,24 @@ def main() -> None:
     if args.corpus is None:
         parser.error("give --corpus, the folder of domain files")
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(tiny_moe_path(), dtype=torch.float32).eval()
+    out = args.out or args.model / "predictors"
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     model.set_experts_implementation("grouped_mm")
-    samples = gather(model, args.corpus, args.share)
+    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
+    samples = gather(model, tokenizer, args.corpus, args.share)
     experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     config = RppConfig(model.config.vocab_size, model.config.num_hidden_layers, experts, top_k)
     shared = {"data": DATA, "held_out": 0.06, "log": print}
     kinds = args.kinds.split(",")
     if "rpp" in kinds:
         train_rpp_to(
-            args.out / "rpp", samples, config, steps=3000, minutes=args.minutes, batch=12, **shared
+            out / "rpp", samples, config, steps=3000, minutes=args.minutes, batch=12, **shared
         )
     on_layers = {"preattention": train_preattention_to, "pregate": train_pregate_to}
     for kind, train_to in on_layers.items():
         if kind in kinds:
             train_to(
-                args.out / kind,
+                out / kind,
                 model,
                 samples,
                 num_experts=experts,

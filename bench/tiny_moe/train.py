@@ -51,8 +51,12 @@ class Recipe:
     smooth_start: float = 0.16  # by then the routers know the domains
 
 
-def model_config(vocab_size: int) -> Qwen3MoeConfig:
-    """11.2 million parameters, 22.4 MB in bf16; 2.9 million of them work on each token."""
+def model_config(vocab_size: int, top_k: int = 4, inner: int = 64) -> Qwen3MoeConfig:
+    """As packaged 11.2 million parameters, 22.4 MB in bf16; 2.9 million work on each token.
+
+    A single expert is multiplied by its probability as it is, as in the Switch Transformer:
+    normalised, it would be 1 whatever the router says, and no gradient would reach the router.
+    """
     return Qwen3MoeConfig(
         vocab_size=vocab_size,
         hidden_size=256,
@@ -61,12 +65,12 @@ def model_config(vocab_size: int) -> Qwen3MoeConfig:
         num_key_value_heads=2,
         head_dim=64,
         num_experts=32,
-        num_experts_per_tok=4,
-        moe_intermediate_size=64,
-        intermediate_size=64,  # no dense layer uses it
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=inner,
+        intermediate_size=inner,  # no dense layer uses it
         decoder_sparse_step=1,
         mlp_only_layers=[],
-        norm_topk_prob=True,
+        norm_topk_prob=top_k > 1,
         tie_word_embeddings=True,
         max_position_embeddings=1024,
         bos_token_id=0,
@@ -192,7 +196,8 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     tokenizer = Tokenizer.from_file(str(args.data / "tokenizer" / "bpe2048.json"))
     domains = load_corpus(args.data / "tinylm_corpus", tokenizer)
-    trainer = Trainer(model_config(tokenizer.get_vocab_size()), recipe, args.threads)
+    config = model_config(tokenizer.get_vocab_size(), args.top_k, args.inner)
+    trainer = Trainer(config, recipe, args.threads)
     args.run.mkdir(parents=True, exist_ok=True)
     done = {"step": 0, "tokens": 0, "seconds": 0.0}
     if args.resume:
@@ -254,6 +259,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder for state, checkpoint, log")
     parser.add_argument("--minutes", type=float, default=60, help="wall-time budget of the run")
     parser.add_argument("--threads", type=int, default=2, help="workers, one core each")
+    parser.add_argument("--top-k", type=int, default=4, help="experts that work on a token (4)")
+    parser.add_argument("--inner", type=int, default=64, help="inner size of an expert (64)")
     parser.add_argument("--eval-every", type=float, default=5, help="minutes")
     parser.add_argument("--save-every", type=float, default=5, help="minutes")
     parser.add_argument("--resume", action="store_true", help="continue from state.pt in --run")
