@@ -283,7 +283,9 @@ class Offloader:
         if predictor is not None:
             from moe_offload.predictors.driver import PrefetchDriver
 
-            self.predicting = PrefetchDriver(model, self, predictor)
+            self.predicting = PrefetchDriver(
+                model, self, predictor, threshold=self.config.prefetch_threshold
+            )
 
     def chaos(
         self,

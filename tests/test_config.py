@@ -45,6 +45,7 @@ def test_malformed_budgets_are_refused(budget):
         ({"policy": "belady"}, ValueError, "policy: expected one of lru, .*, got 'belady'"),
         ({"device": "tpu"}, ValueError, 'expected "cpu", "cuda" or "cuda:N", got \'tpu\''),
         ({"expert_backend": "x"}, ValueError, "expert_backend: expected one of"),
+        ({"prefetch_threshold": 0}, ValueError, "prefetch_threshold: expected a chance above 0"),
         ({"fill": "yes"}, ValueError, "fill: expected True, False"),
         ({"io_threads": 0}, ValueError, "io_threads: expected 1 to 64, got 0"),
         ({"io_depth": 257}, ValueError, "io_depth: expected 1 to 256, got 257"),

@@ -292,6 +292,26 @@ def test_chances_follow_what_happens_and_fade() -> None:
     chances.learn(1.0, used=True)
 
 
+def test_a_lower_threshold_fetches_what_is_less_likely() -> None:
+    """A quarter of the experts is used, and a quarter is the chance that each is given."""
+
+    class Doubtful(Everything):
+        def _all(self, rows: int) -> Predictions:
+            return [Prediction(layer, 0.25 * scores) for layer, scores in super()._all(rows)]
+
+    model = tiny_model("mixtral", num_hidden_layers=2)
+    started = {}
+    for threshold in (0.5, 0.1):
+        options = {"device_budget": "50%", "prefetch_threshold": threshold}
+        with moe_offload.offload(model, predictor=Doubtful(), **options) as offloader:
+            for _ in range(4):
+                generate(model)
+            stats = offloader.stats()["predictor"]
+        assert stats["threshold"] == threshold
+        started[threshold] = stats["prefetches_started"]
+    assert started[0.1] > 2 * started[0.5]
+
+
 def test_everything_is_cancelled_or_stopped_by_the_learned_chance() -> None:
     """A predictor that is mostly wrong is given up: waste per token falls."""
     model = tiny_model("mixtral", num_hidden_layers=2)

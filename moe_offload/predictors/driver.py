@@ -1,8 +1,9 @@
 """From predictions to copies: decides what is worth prefetching, starts it, and keeps the score.
 
 A wrong prefetch moves as many bytes as a right one saves, so a page is fetched ahead only when the
-chance that it will be used is at least `threshold` (1/2: expected bytes saved >= expected bytes
-wasted); `csrc/predictors/ranking.h` learns that chance from the predictor's score.
+chance that it will be used is at least `prefetch_threshold` of the configuration (1/2: expected
+bytes saved >= expected bytes wasted); `csrc/predictors/ranking.h` learns that chance from the
+predictor's score.
 
 How many: what fits into the time until the layer needs it. That time is measured, and so is what
 a miss costs (stall per missed page); their ratio is the budget of one event, most probable pages
@@ -55,7 +56,7 @@ class PrefetchDriver:
         offloader: Offloader,
         predictor: Predictor,
         *,
-        threshold: float = 0.5,
+        threshold: float,
         max_rows: int = 64,
     ) -> None:
         self.predictor, self.threshold, self.max_rows = predictor, threshold, max_rows
