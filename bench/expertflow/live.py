@@ -21,7 +21,7 @@ does not travel with the package; an hour on a core, then half an hour for its p
     python bench/tiny_moe/evaluate.py --run RUN --models RUN
     python bench/tiny_moe/predictors.py --model RUN/tiny_moe --corpus CORPUS --kinds rpp
     python bench/expertflow/live.py --data FOLDER --part paper --model RUN/tiny_moe --name switch \
-        --presets cache-moe,se-moe,expertflow,auto
+        --presets cache-moe,se-moe,expertflow,expertflow@0.2,expertflow@0.1,auto
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ SMALLEST = Plan(
     [Setting("mixed", cap, batch) for cap in (2.02 / 192, 1 / 16) for batch in (1, 16)], 16, 2, 2
 )
 # What the paper gives hit ratios for, in rounds enough to tell them to a point.
-PAPER = Plan([Setting("mixed", cap, b) for cap in (0.25, 0.5) for b in (1, 4, 16, 32)], 16, 2, 6)
+PAPER = Plan([Setting("mixed", cap, batch) for cap in (0.25, 0.5) for batch in (4, 16)], 16, 2, 4)
 QUICK = Plan([Setting("mixed", 0.25, 4), Setting("alpaca", 0.5, 2)], 4, 2, 1)
 
 
@@ -110,7 +110,7 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...], path: Path) -> list[Ro
         ]
         models = {
             preset: moe_offload.from_pretrained(
-                path, device_budget=f"{100 * setting.cap}%", preset=preset
+                path, device_budget=f"{100 * setting.cap}%", **preset_options(preset)
             )
             for preset in presets
         }
@@ -133,6 +133,12 @@ def run(plan: Plan, data: Path, presets: tuple[str, ...], path: Path) -> list[Ro
         del models
         gc.collect()
     return rows
+
+
+def preset_options(preset: str) -> dict[str, Any]:
+    """ "expertflow@0.1" is expertflow with that prefetch_threshold."""
+    name, at, threshold = preset.partition("@")
+    return {"preset": name} | ({"prefetch_threshold": float(threshold)} if at else {})
 
 
 def _rounds(setting: Setting, plan: Plan, data: Path) -> list[list[str]]:
@@ -232,7 +238,9 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="k/n of the settings, smallest or paper")
     parser.add_argument("--model", type=Path, help="folder of another model than the packaged one")
     parser.add_argument("--name", help="write to expertflow_live_NAME.json (needed with --model)")
-    parser.add_argument("--presets", default=",".join(PRESETS))
+    parser.add_argument(
+        "--presets", default=",".join(PRESETS), help="NAME, or NAME@prefetch_threshold"
+    )
     parser.add_argument("--machine", help="name of the results folder; default: from the CPU")
     parser.add_argument("--output", type=Path, help="write the JSON here instead")
     arguments = parser.parse_args()
@@ -243,6 +251,8 @@ def main() -> None:
     record["command"] = f"python bench/expertflow/live.py --data FOLDER --part {arguments.part}"
     record["command"] += " --model MODEL" if arguments.model is not None else ""
     record["command"] += f" --name {arguments.name}" if arguments.name is not None else ""
+    if arguments.presets != ",".join(PRESETS):
+        record["command"] += f" --presets {arguments.presets}"
     named = {"smallest": SMALLEST, "paper": PAPER}
     plan = named.get(arguments.part) or (QUICK if arguments.quick else standard())
     part, parts = (1, 1) if arguments.part in named else map(int, arguments.part.split("/"))
