@@ -15,11 +15,13 @@ prefetching, in first-come order.
     python bench/expertflow/live.py --data FOLDER --quick
 
 Another model, here one of the Switch Transformer's shape (one expert of 32 works on a token), which
-does not travel with the package; an hour on a core, then half an hour for its predictor:
+does not travel with the package (an hour on a core, then a quarter for its predictor; what came out
+is in switch_model.json). NAME@T is a preset with prefetch_threshold T.
 
     python bench/tiny_moe/train.py --top-k 1 --inner 128 --minutes 50 --threads 1 --run RUN
     python bench/tiny_moe/evaluate.py --run RUN --models RUN
-    python bench/tiny_moe/predictors.py --model RUN/tiny_moe --corpus CORPUS --kinds rpp
+    python bench/tiny_moe/predictors.py --model RUN/tiny_moe --corpus CORPUS --kinds rpp \
+        --share 0.7 --minutes 13
     python bench/expertflow/live.py --data FOLDER --part paper --model RUN/tiny_moe --name switch \
         --presets cache-moe,se-moe,expertflow,expertflow@0.2,expertflow@0.1,auto
 """
@@ -73,7 +75,7 @@ def standard() -> Plan:
 SMALLEST = Plan(
     [Setting("mixed", cap, batch) for cap in (2.02 / 192, 1 / 16) for batch in (1, 16)], 16, 2, 2
 )
-# What the paper gives hit ratios for, in rounds enough to tell them to a point.
+# What the paper gives hit ratios for, in twice the rounds: they are compared to the point.
 PAPER = Plan([Setting("mixed", cap, batch) for cap in (0.25, 0.5) for batch in (4, 16)], 16, 2, 4)
 QUICK = Plan([Setting("mixed", 0.25, 4), Setting("alpaca", 0.5, 2)], 4, 2, 1)
 
