@@ -18,10 +18,6 @@ namespace {
 // Packed x and h of one stage, unless one group needs more: they stay in the caches from one phase
 // to the next.
 constexpr size_t kStageBytes = size_t{1} << 20;
-// An expert with more rows is taken in parts, and its weights are read once for each, so that x and
-// h of a part come from the caches for every tile of weights. Mixtral's shape with 2048 rows, Zen
-// 4, one core: 204 to 213 GFLOP/s in parts of 240 or 480 rows, 151 to 170 in one.
-constexpr int64_t kPartRows = 480;
 // Stages whose x and h exist at a time.
 constexpr int64_t kStagesHeld = 4;
 // Waking a thread pays from about this much work on, in bytes read (about 20 us).

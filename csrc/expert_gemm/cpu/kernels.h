@@ -26,6 +26,11 @@
 
 namespace moe_offload {
 
+// Rows beyond these are taken in parts, and weights are read once for each, so that x and
+// h of a part come from the caches for every tile of weights. Mixtral's shape with 2048 rows, Zen
+// 4, one core: 204 to 213 GFLOP/s in parts of 240 or 480 rows, 151 to 170 in one.
+constexpr int64_t kPartRows = 480;
+
 struct ProductArgs {  // of both products
     int64_t rows;
     int64_t hidden, inner;  // H, F

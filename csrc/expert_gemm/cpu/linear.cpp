@@ -13,7 +13,6 @@ namespace {
 
 // Sizes as in ffn_run.cpp, where their evidence is.
 constexpr int64_t kWorthSharing = 256 << 10;
-constexpr int64_t kPartRows = 480;
 constexpr int64_t kChunksPerThread = 32, kMinChunkBytes = 64 << 10;
 
 }  // namespace
