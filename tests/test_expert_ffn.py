@@ -55,6 +55,9 @@ EDGE = [
     Case("nine-rows", 9, 1, 1, 64, 48),
     Case("a-block-and-one", 49, 1, 1, 96, 40),
     Case("several-blocks", 150, 2, 3, 130, 72, bias=True),
+    Case("sums-in-pieces-few-rows", 8, 1, 1, 531, 277, bias=True),
+    Case("sums-in-pieces", 60, 2, 3, 531, 277, bias=True),
+    Case("whole-pieces", 17, 1, 1, 512, 256),
 ]
 FORMS = [
     Case(f"{name}{'' if gated else '-ungated'}-{tokens}", tokens, 2, 4, 48, 40, act, bias=True)
@@ -214,13 +217,17 @@ def test_bits_do_not_depend_on_portions_slots_neighbours_or_threads(
         assert torch.equal(inputs.finish(run), expected), f"seed {seed}"
 
 
-def test_large_enough_to_be_shared_by_threads_and_still_the_same_bits() -> None:
-    """Above the limit below which one thread works alone, with few and with many rows."""
+@pytest.mark.parametrize(("isa", "dtype"), [p for p in PATHS if "emulated" not in p.id])
+def test_large_enough_to_be_shared_by_threads_and_still_the_same_bits(
+    isa: str, dtype: torch.dtype
+) -> None:
+    """Above the limit below which one thread works alone, with few and with many rows; sizes that
+    end within a tile and within a chunk."""
     for tokens in (2, 200):
-        inputs = Inputs.make(Case("", tokens, 2, 4, 512, 384), torch.bfloat16)
-        expected = inputs.native(num_threads=1)
+        inputs = Inputs.make(Case("", tokens, 2, 4, 517, 389), dtype)
+        expected = inputs.native(isa, num_threads=1)
         for num_threads in (2, 3, 5):
-            assert torch.equal(inputs.native(num_threads=num_threads), expected)
+            assert torch.equal(inputs.native(isa, num_threads=num_threads), expected)
         check(inputs, expected)
 
 
@@ -320,6 +327,7 @@ TRANSPOSED = [
     Case("gpt-oss-many-rows", 60, 2, 3, 96, 160, GPT_OSS, bias=True),
     Case("off-every-block", 5, 2, 3, 67, 53, SILU, bias=True),
     Case("off-every-block-many-rows", 55, 2, 3, 67, 53, SILU, bias=True),
+    Case("sums-in-pieces", 40, 2, 3, 261, 530, SILU, bias=True),
     Case("no-gate", 30, 2, 3, 130, 70, Activation("relu2", gated=False)),
     Case("smallest", 1, 1, 1, 1, 1),
 ]

@@ -166,8 +166,12 @@ void every_instruction_set_is_right() {
         for (int32_t isa = 0; isa < 6; ++isa) {
             const Kernels* kernels = kernels_for(static_cast<Isa>(isa), dtype);
             if (!kernels) continue;
-            for (const auto& [t, a, e, h, f] : std::vector<std::array<int64_t, 5>>{
-                     {1, 1, 1, 1, 1}, {3, 2, 3, 37, 19}, {70, 1, 1, 64, 48}, {60, 2, 2, 33, 50}}) {
+            for (const auto& [t, a, e, h, f] :
+                 std::vector<std::array<int64_t, 5>>{{1, 1, 1, 1, 1},
+                                                     {3, 2, 3, 37, 19},
+                                                     {70, 1, 1, 64, 48},
+                                                     {60, 2, 2, 33, 50},
+                                                     {25, 1, 1, 270, 41}}) {
                 const Problem problem(dtype, t, a, e, h, f);
                 const std::vector<std::byte> got = problem.run(*kernels, 1, 0);
                 const std::vector<double> want = problem.exact();
@@ -198,6 +202,7 @@ void every_instruction_set_counts_its_multiplications() {
             CHECK_EQ(kernels->multiply(0), 0);
             CHECK_EQ(kernels->multiply(3), 3 * kernels->multiply(1));
             // tile rows x vectors x lanes x a pair, or four products of two 16 x 32 operands
+            if (static_cast<Isa>(isa) == Isa::kAvx2) CHECK_EQ(kernels->multiply(1), 4 * 3 * 8 * 2);
             if (static_cast<Isa>(isa) == Isa::kAvx512Bf16)
                 CHECK_EQ(kernels->multiply(1), 8 * 3 * 16 * 2 * 2);
             if (static_cast<Isa>(isa) == Isa::kAmxEmulated)

@@ -38,10 +38,11 @@ void every_instruction_set_multiplies() {
                               Isa::kAmxEmulated}) {
             const Kernels* kernels = kernels_for(isa, dtype);
             if (!kernels) continue;
-            // one row, few, many; blocks and parts of 480 that do not come out even
-            for (const int64_t rows : {1, 2, 8, 9, 49, 500})
-                for (const auto& [in, out] : {std::pair<int64_t, int64_t>{37, 51}, {64, 200}}) {
-                    if (rows > 100 && in == 64) continue;
+            // one row, few, many; blocks, parts of 480 rows and of 256 k that do not come out even
+            for (const int64_t rows : {1, 2, 7, 8, 9, 49, 500})
+                for (const auto& [in, out] :
+                     {std::pair<int64_t, int64_t>{37, 51}, {64, 200}, {517, 29}}) {
+                    if (rows > 100 && in != 37) continue;
                     const auto seed = static_cast<uint32_t>(rows * 1000 + in);
                     const Matrix x(dtype, rows * in, seed), w(dtype, out * in, seed + 1);
                     const Matrix bias(dtype, out, seed + 2);

@@ -32,8 +32,11 @@ FfnRun::Reading::Reading(const Kernels& k, const FfnShape& shape, const FfnWeigh
     down_in_place = !needs_panel(weights.down, weights.format, item);
     alternating = is_alternating(weights, shape.hidden, item);
     // A panel has the features of whole tiles, and 64 bytes of a transposed matrix at least.
-    up_step = up_in_place ? k.row_step : std::max(k.row_step, kPanelRows / (alternating ? 2 : 1));
-    down_step = down_in_place ? k.row_step : std::max(k.row_step, kPanelRows);
+    const auto whole_tiles = [&](int64_t rows) {
+        return (rows + k.row_step - 1) / k.row_step * k.row_step;
+    };
+    up_step = up_in_place ? k.row_step : whole_tiles(kPanelRows / (alternating ? 2 : 1));
+    down_step = down_in_place ? k.row_step : whole_tiles(kPanelRows);
 }
 
 void FfnRun::pack(const Group& group, int64_t begin, int64_t end, std::byte* buffer) const {
