@@ -1,7 +1,7 @@
 """A model's dense linear layers on the CPU kernels of its experts, where torch's are slower.
 
-In decode an MoE model reads nearly as many bytes of attention projections, shared experts and
-output head as of experts, and torch multiplies a few rows at half of memory's rate or less.
+In decode a third or more of the bytes an MoE model reads are attention projections, shared experts
+and output head, and torch multiplies a few rows at half of memory's rate or less.
 `csrc/expert_gemm/cpu/linear.h` has the kernel, bench/linear.py the comparison that `PAYS` is from.
 
 A layer keeps its weights and its place: only its class is swapped, as with experts modules, and

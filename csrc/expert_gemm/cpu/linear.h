@@ -1,7 +1,7 @@
 // y = x W^T + b for a model's dense layers, with the kernels of the experts' second product.
 //
-// In decode an MoE model reads as many bytes of dense layers as of experts, and torch's product of
-// a few 16-bit rows reads them at half of memory's rate (bench/linear.py). Bits depend on the
+// In decode a third or more of the bytes an MoE model reads are dense layers, and torch's product
+// of a few 16-bit rows reads them at half of memory's rate (bench/linear.py). Bits depend on the
 // instruction set, the dtype and on whether rows are few (kernels.h), not on threads or chunks.
 #pragma once
 
