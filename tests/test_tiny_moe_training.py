@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,13 +17,24 @@ FOLDER = Path(__file__).resolve().parent.parent / "bench" / "tiny_moe"
 ROUTER = "model.layers.{}.mlp.gate.weight"
 
 
+@pytest.fixture
+def tiny_moe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports from the folder, whose names (routing, data) other benchmarks' folders have too."""
+    names = [path.stem for path in FOLDER.glob("*.py")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
 @pytest.mark.parametrize("top_k", [1, 4])
 def test_the_twin_computes_what_transformers_does_and_every_router_learns(
-    top_k: int, monkeypatch: pytest.MonkeyPatch
+    top_k: int, tiny_moe: Callable[[str], ModuleType]
 ) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    twin = importlib.import_module("fast_forward")
-    config = importlib.import_module("train").model_config(64, top_k, inner=16)
+    twin = tiny_moe("fast_forward")
+    config = tiny_moe("train").model_config(64, top_k, inner=16)
     assert config.num_experts_per_tok == top_k
     assert config.moe_intermediate_size == 16
     torch.manual_seed(0)

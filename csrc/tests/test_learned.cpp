@@ -150,7 +150,7 @@ size_t serve(SlotTable& table, int32_t layer, const std::vector<PageIndex>& page
         pinned.push_back(slot);
     }
     if (!misses.empty())
-        for (const auto& admitted : table.admit(request, misses, limit, {}))
+        for (const auto& admitted : table.admit(request, misses, {}, limit, {}))
             pinned.push_back(admitted.slot);
     for (const SlotIndex slot : pinned) table.unpin(slot);
     return misses.size();
