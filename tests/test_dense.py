@@ -227,6 +227,12 @@ def test_a_models_attention_is_swapped_and_put_back() -> None:
         assert model.config._attn_implementation == attention.NAME
         assert model.model.layers[0].self_attn.config._attn_implementation == attention.NAME
     assert model.config._attn_implementation == "sdpa"
+    part = model.model.layers[0].self_attn
+    part.config = copy.deepcopy(part.config)
+    part.config._attn_implementation_internal = "eager"  # as a vision tower may have it
+    with moe_offload.offload(model, "30%"):
+        assert model.config._attn_implementation == "sdpa"
+    part.config = model.config
     with moe_offload.offload(model, "30%"):
         model.set_attn_implementation("eager")  # the user's own choice stays
     assert model.config._attn_implementation == "eager"

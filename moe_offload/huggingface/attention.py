@@ -72,17 +72,19 @@ def attention_forward(
 def use_grouped_attention(model: Any) -> Callable[[], None]:
     """Let a transformers model's "sdpa" attention be this one; returns what takes that back.
 
-    Models that ask for "sdpa" by name in their own code keep it, as do those on other attention.
+    Models that ask for "sdpa" by name in their own code keep it, as do those on other attention,
+    in one of their parts too: setting a name sets it for all parts.
     """
-    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if before != "sdpa" or _names_sdpa(type(model)) or not model._can_set_attn_implementation():
+    parts = (getattr(module, "config", None) for module in model.modules())
+    names = {getattr(part, "_attn_implementation", "sdpa") for part in parts}
+    if names != {"sdpa"} or _names_sdpa(type(model)) or not model._can_set_attn_implementation():
         return lambda: None
     register()
     model.set_attn_implementation(NAME)
 
     def undo() -> None:
         if model.config._attn_implementation == NAME:
-            model.set_attn_implementation(before)
+            model.set_attn_implementation("sdpa")
 
     return undo
 
