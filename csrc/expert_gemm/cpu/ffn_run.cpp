@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "expert_gemm/cpu/panel.h"
+#include "expert_gemm/cpu/sharing.h"
 #include "expert_gemm/cpu/thread_pool.h"
 #include "expert_gemm/route_sort.h"
 
@@ -20,14 +21,10 @@ namespace {
 constexpr size_t kStageBytes = size_t{1} << 20;
 // Stages whose x and h exist at a time.
 constexpr int64_t kStagesHeld = 4;
-// Waking a thread pays from about this much work on, in bytes read (about 20 us).
-constexpr int64_t kWorthSharing = 256 << 10;
 // Rows whose arithmetic takes as long as reading one weight row: 25 GB/s against 200 GFLOP/s of a
 // core (measured on Zen 4) is about 8 bf16 rows. Only balances work between threads.
 constexpr int64_t kRowsPerByteTime = 8;
-// A thread keeps a chunk to itself, so chunks bound the imbalance; below 64 KiB they cost more.
-constexpr int64_t kChunksPerThread = 32, kMinChunkBytes = 64 << 10;
-constexpr int64_t kStageChunksPerThread = 4;  // of each phase of a stage
+constexpr int64_t kStageChunksPerThread = 4;  // chunks (sharing.h) of each phase of a stage
 
 // For tasks that another thread is at.
 void wait_for_zero(const std::atomic<int32_t>& left) {
@@ -248,9 +245,9 @@ void FfnRun::cut(std::span<const Group> groups, int64_t cost, int64_t size, int6
                                       here * size / (num_threads_ * kStageChunksPerThread)));
     for (size_t g = 0; g < groups.size(); ++g) {
         const int64_t weight = kRowsPerByteTime + groups[g].rows;
-        int64_t chunk =
-            std::max(share / weight, kMinChunkBytes * kRowsPerByteTime / (row_bytes * weight));
-        chunk = std::max(step, (chunk + step - 1) / step * step);
+        const int64_t chunk = whole_steps(
+            std::max(share / weight, kMinChunkBytes * kRowsPerByteTime / (row_bytes * weight)),
+            step);
         for (int64_t begin = 0; begin < size; begin += chunk)
             tasks.push_back({static_cast<int32_t>(g), static_cast<int32_t>(begin),
                              static_cast<int32_t>(std::min(size, begin + chunk))});

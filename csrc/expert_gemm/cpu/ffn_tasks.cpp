@@ -1,19 +1,13 @@
 // The three kinds of task of FfnRun: pack rows of x, multiply by rows of gate and up, by rows of
 // down. Weights that cannot be read in place become rows here, panel by panel (panel.h).
 #include <algorithm>
-#include <memory>
 
 #include "expert_gemm/cpu/ffn_run.h"
 #include "expert_gemm/cpu/panel.h"
+#include "expert_gemm/cpu/sharing.h"
 
 namespace moe_offload {
 namespace {
-
-// Uninitialised: only conversion of 16-bit weights on other paths than bf16's uses it.
-std::unique_ptr<std::byte[]> make_scratch(const Kernels& kernels, const FfnShape& shape) {
-    const size_t nbytes = kernels.scratch_bytes(std::max(shape.hidden, shape.inner));
-    return nbytes ? std::make_unique_for_overwrite<std::byte[]>(nbytes) : nullptr;
-}
 
 // take(begin, end, next) for one panel after the other; `next`: as many rows are behind it.
 template <class F>
@@ -32,11 +26,9 @@ FfnRun::Reading::Reading(const Kernels& k, const FfnShape& shape, const FfnWeigh
     down_in_place = !needs_panel(weights.down, weights.format, item);
     alternating = is_alternating(weights, shape.hidden, item);
     // A panel has the features of whole tiles, and 64 bytes of a transposed matrix at least.
-    const auto whole_tiles = [&](int64_t rows) {
-        return (rows + k.row_step - 1) / k.row_step * k.row_step;
-    };
-    up_step = up_in_place ? k.row_step : whole_tiles(kPanelRows / (alternating ? 2 : 1));
-    down_step = down_in_place ? k.row_step : whole_tiles(kPanelRows);
+    up_step =
+        up_in_place ? k.row_step : whole_steps(kPanelRows / (alternating ? 2 : 1), k.row_step);
+    down_step = down_in_place ? k.row_step : whole_steps(kPanelRows, k.row_step);
 }
 
 void FfnRun::pack(const Group& group, int64_t begin, int64_t end, std::byte* buffer) const {
@@ -61,7 +53,7 @@ void FfnRun::set(ProductArgs& a, const Group& group, const WeightView& matrix,
 void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group& group,
                      int64_t first, int64_t last, std::byte* buffer) const {
     const Kernels& k = kernels_;
-    const auto scratch = make_scratch(k, shape_);
+    const auto scratch = make_scratch(k, std::max(shape_.hidden, shape_.inner));
     GateUpArgs a{};
     set(a, group, weights.up, weights.up_bias, how.up_in_place, first, last);
     a.scratch = scratch.get();
@@ -95,7 +87,7 @@ void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group&
 void FfnRun::down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
                   int64_t last, std::byte* buffer) const {
     const Kernels& k = kernels_;
-    const auto scratch = make_scratch(k, shape_);
+    const auto scratch = make_scratch(k, std::max(shape_.hidden, shape_.inner));
     DownArgs a{};
     set(a, group, weights.down, weights.down_bias, how.down_in_place, first, last);
     a.scratch = scratch.get();

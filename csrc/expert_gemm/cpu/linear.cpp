@@ -1,21 +1,14 @@
 #include "expert_gemm/cpu/linear.h"
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "expert_gemm/cpu/buffers.h"
+#include "expert_gemm/cpu/sharing.h"
 #include "expert_gemm/cpu/thread_pool.h"
 
 namespace moe_offload {
-namespace {
-
-// Sizes as in ffn_run.cpp, where their evidence is.
-constexpr int64_t kWorthSharing = 256 << 10;
-constexpr int64_t kChunksPerThread = 32, kMinChunkBytes = 64 << 10;
-
-}  // namespace
 
 void linear(const LinearArgs& args, Dtype dtype, const Kernels& k, int num_threads) {
     if (args.rows < 1) return;
@@ -38,13 +31,12 @@ void linear(const LinearArgs& args, Dtype dtype, const Kernels& k, int num_threa
                                           packed.data() + k.row_offset(first, few, args.in));
     });
 
-    int64_t chunk = std::max(args.out / (threads * kChunksPerThread), kMinChunkBytes / row_bytes);
-    chunk = std::max(k.row_step, (chunk + k.row_step - 1) / k.row_step * k.row_step);
+    const int64_t chunk = whole_steps(
+        std::max(args.out / (threads * kChunksPerThread), kMinChunkBytes / row_bytes), k.row_step);
     const int64_t chunks = (args.out + chunk - 1) / chunk;
     pool.run(threads, parts * chunks, [&](int64_t task) {
         const int64_t first = task / chunks * part;
-        const size_t nbytes = k.scratch_bytes(args.in);
-        const auto scratch = nbytes ? std::make_unique_for_overwrite<std::byte[]>(nbytes) : nullptr;
+        const auto scratch = make_scratch(k, args.in);
         DownArgs a{};
         a.rows = std::min(part, args.rows - first);
         a.hidden = args.out;

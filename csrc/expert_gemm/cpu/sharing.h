@@ -1,0 +1,31 @@
+// How the products of a layer's experts and of a dense layer are cut into tasks for threads.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "expert_gemm/cpu/kernels.h"
+
+namespace moe_offload {
+
+// Waking a thread pays from about this much work on, in bytes read (about 20 us).
+constexpr int64_t kWorthSharing = 256 << 10;
+// A thread keeps a chunk of weight rows to itself, so chunks bound the imbalance; below 64 KiB they
+// cost more.
+constexpr int64_t kChunksPerThread = 32, kMinChunkBytes = 64 << 10;
+
+// `rows` rounded up to whole steps, one at least.
+constexpr int64_t whole_steps(int64_t rows, int64_t step) {
+    return std::max(step, (rows + step - 1) / step * step);
+}
+
+// A task's scratch. Uninitialised: only conversion of 16-bit weights on other paths than bf16's
+// uses it.
+inline std::unique_ptr<std::byte[]> make_scratch(const Kernels& kernels, int64_t max_k) {
+    const size_t nbytes = kernels.scratch_bytes(max_k);
+    return nbytes ? std::make_unique_for_overwrite<std::byte[]>(nbytes) : nullptr;
+}
+
+}  // namespace moe_offload
