@@ -58,11 +58,12 @@ def measure(plan: Plan, name: str, dtype_name: str, rows: int) -> Row:
     weights = [torch.randn(num_out, num_in).div_(num_in**0.5).to(dtype) for _ in range(count)]
     x = torch.randn(rows, num_in).to(dtype)
     y = torch.full((rows, num_out), float("nan"), dtype=dtype)
+    kernels = _core.Linear(dtype_name)
 
     def native(weight: torch.Tensor) -> torch.Tensor:
-        _core.linear(
+        kernels.multiply(
             *(x.data_ptr(), rows, num_in, num_out, weight.data_ptr(), num_in * dtype.itemsize),
-            *(0, y.data_ptr(), dtype_name, torch.get_num_threads()),
+            *(0, y.data_ptr(), torch.get_num_threads()),
         )
         return y
 
@@ -85,7 +86,7 @@ def measure(plan: Plan, name: str, dtype_name: str, rows: int) -> Row:
     return {
         "shape": name,
         "dtype": dtype_name,
-        "isa": _core.cpu_isa(dtype_name),
+        "isa": kernels.isa,
         "rows": rows,
         "native_us": spread(native_us),
         "torch_us": spread(torch_us),

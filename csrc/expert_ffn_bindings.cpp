@@ -93,9 +93,18 @@ FfnRun start(const ExpertFfn& ffn, uintptr_t hidden, uintptr_t topk_ids, bool id
     return FfnRun(ffn.shape, inputs, *ffn.kernels, num_threads);
 }
 
-void linear_at(uintptr_t x, int64_t rows, int64_t in, int64_t out, uintptr_t weight,
-               int64_t row_stride, uintptr_t bias, uintptr_t y, const std::string& dtype,
-               int num_threads, const std::string& isa) {
+// The kernels of dense layers of one dtype, looked up once: a small layer takes a few microseconds.
+struct Linear {
+    Dtype dtype;
+    const Kernels* kernels;
+};
+
+Linear make_linear(const std::string& dtype, const std::string& isa) {
+    return {dtype_named(dtype), kernels_named(isa, dtype_named(dtype))};
+}
+
+void multiply(const Linear& self, uintptr_t x, int64_t rows, int64_t in, int64_t out,
+              uintptr_t weight, int64_t row_stride, uintptr_t bias, uintptr_t y, int num_threads) {
     const LinearArgs args{reinterpret_cast<const void*>(x),
                           rows,
                           in,
@@ -104,7 +113,7 @@ void linear_at(uintptr_t x, int64_t rows, int64_t in, int64_t out, uintptr_t wei
                           row_stride,
                           reinterpret_cast<const std::byte*>(bias),
                           reinterpret_cast<void*>(y)};
-    linear(args, dtype_named(dtype), *kernels_named(isa, dtype_named(dtype)), num_threads);
+    linear(args, self.dtype, *self.kernels, num_threads);
 }
 
 void sort_routes_at(uintptr_t ids, bool ids_are_int64, int32_t num_routes, int32_t num_experts,
@@ -125,12 +134,6 @@ void bind_expert_ffn(py::module_& m) {
           "Sorts routes by expert into int32 maps, in the order of RouteMaps (route_sort.h).");
 
     m.def(
-        "linear", &linear_at, "x"_a, "rows"_a, "in_features"_a, "out_features"_a, "weight"_a,
-        "row_stride"_a, "bias"_a, "y"_a, "dtype"_a, "num_threads"_a, "isa"_a = "auto", ReleaseGil(),
-        "y [rows, out] = x [rows, in] weight^T + bias, addresses of contiguous rows of one dtype; "
-        "row_stride: bytes from row to row of the weight; bias 0: none.");
-
-    m.def(
         "cpu_isas",
         [](const std::string& dtype) {
             std::vector<std::string> names;
@@ -143,11 +146,6 @@ void bind_expert_ffn(py::module_& m) {
         "dtype"_a, "Instruction sets with kernels for this dtype that this machine runs.");
 
     m.def(
-        "cpu_isa",
-        [](const std::string& dtype) { return kernels_named("auto", dtype_named(dtype))->isa; },
-        "dtype"_a, "The instruction set of the kernels that this dtype gets here.");
-
-    m.def(
         "multiply_roof",
         [](const std::string& dtype, double seconds, const std::string& isa) {
             const MultiplyRoof roof =
@@ -158,6 +156,14 @@ void bind_expert_ffn(py::module_& m) {
         "Multiply-adds of this dtype's kernels with all operands in registers, in the calling "
         "thread: (floating-point operations, seconds). 16-bit weights are multiplied in fp32 where "
         "the instruction set has nothing else.");
+
+    py::class_<Linear>(m, "Linear")
+        .def(py::init(&make_linear), "dtype"_a, "isa"_a = "auto")
+        .def_property_readonly("isa", [](const Linear& self) { return self.kernels->isa; })
+        .def("multiply", &multiply, "x"_a, "rows"_a, "in_features"_a, "out_features"_a, "weight"_a,
+             "row_stride"_a, "bias"_a, "y"_a, "num_threads"_a, ReleaseGil(),
+             "y [rows, out] = x [rows, in] weight^T + bias, addresses of contiguous rows of the "
+             "dtype; row_stride: bytes from row to row of the weight; bias 0: none.");
 
     py::class_<FfnWeights>(m, "FfnWeights")
         .def(py::init([](const View& up, const View& down, const std::optional<View>& gate,

@@ -208,22 +208,25 @@ View = tuple[int, int, int, int]
 def sort_routes(
     *, ids: int, ids_are_int64: bool, num_routes: int, num_experts: int, maps: list[int]
 ) -> None: ...
-def cpu_isa(dtype: str) -> str: ...
-def linear(
-    x: int,
-    rows: int,
-    in_features: int,
-    out_features: int,
-    weight: int,
-    row_stride: int,
-    bias: int,
-    y: int,
-    dtype: str,
-    num_threads: int,
-    isa: str = "auto",
-) -> None: ...
 def cpu_isas(dtype: str) -> list[str]: ...
 def multiply_roof(dtype: str, seconds: float, isa: str = "auto") -> tuple[int, float]: ...
+
+class Linear:
+    def __init__(self, dtype: str, isa: str = "auto") -> None: ...
+    @property
+    def isa(self) -> str: ...
+    def multiply(
+        self,
+        x: int,
+        rows: int,
+        in_features: int,
+        out_features: int,
+        weight: int,
+        row_stride: int,
+        bias: int,
+        y: int,
+        num_threads: int,
+    ) -> None: ...
 
 class FfnWeights:
     def __init__(

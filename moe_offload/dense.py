@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     num_out, num_in = weight.shape
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], num_out))
-    _core.linear(
+    _kernels(x.dtype).multiply(
         x.data_ptr(),
         x.numel() // num_in,
         num_in,
@@ -69,7 +69,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight.stride(0) * weight.element_size(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        DTYPES[x.dtype],
         torch.get_num_threads(),
     )
     return y
@@ -146,8 +145,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 @functools.cache
+def _kernels(dtype: torch.dtype) -> _core.Linear:
+    return _core.Linear(DTYPES[dtype])
+
+
+@functools.cache
 def _pays(dtype: torch.dtype) -> tuple[int, int]:
     """First and last number of rows; an empty range where nothing is gained."""
     if dtype not in DTYPES:
         return (1, 0)
-    return PAYS.get((_core.cpu_isa(DTYPES[dtype]), dtype), (1, 0))
+    return PAYS.get((_kernels(dtype).isa, dtype), (1, 0))

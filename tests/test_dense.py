@@ -30,10 +30,10 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str, threads: int =
     """The kernel by itself, its output poisoned."""
     rows, out = x.shape[0], weight.shape[0]
     y = torch.full((rows, out), float("nan"), dtype=x.dtype)
-    _core.linear(
+    _core.Linear(DTYPES[x.dtype], isa).multiply(
         *(x.data_ptr(), rows, x.shape[1], out, weight.data_ptr()),
         *(weight.stride(0) * weight.element_size(), 0 if bias is None else bias.data_ptr()),
-        *(y.data_ptr(), DTYPES[x.dtype], threads, isa),
+        *(y.data_ptr(), threads),
     )
     return y
 
@@ -64,13 +64,16 @@ def test_error_is_torchs_own(dtype: torch.dtype, isa: str, rows: int, with_bias:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Rows of each call that reached the kernels; every number of rows is taken."""
     calls: list[int] = []
-    kernel = _core.linear
+    kernels = dense._kernels
 
-    def count(*args: object) -> None:
-        calls.append(args[1])
-        kernel(*args)
+    def counting(dtype: torch.dtype) -> SimpleNamespace:
+        def count(*args: int) -> None:
+            calls.append(args[1])
+            kernels(dtype).multiply(*args)
 
-    monkeypatch.setattr(_core, "linear", count)
+        return SimpleNamespace(multiply=count)
+
+    monkeypatch.setattr(dense, "_kernels", counting)
     monkeypatch.setattr(dense, "_pays", lambda dtype: (1, 1000 if dtype in DTYPES else 0))
     return calls
 
@@ -177,12 +180,15 @@ def test_bad_options() -> None:
 
 
 def test_a_forced_instruction_set_is_used() -> None:
-    code = "from moe_offload import dense; import torch; print(dense._pays(torch.float32))"
+    code = (
+        "from moe_offload import dense; import torch; f32 = torch.float32; "
+        "print(dense._kernels(f32).isa, dense._pays(f32))"
+    )
     environment = {**os.environ, "MOE_OFFLOAD_CPU_ISA": "plain"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "(1, 0)"
+    assert done.stdout.strip() == "plain (1, 0)"
 
 
 @pytest.mark.parametrize("masked", [False, True])
