@@ -30,7 +30,8 @@ def build(folder: Path) -> Path:
         pytest.skip("needs a C++ compiler to build the fake CUDA driver")
     library = folder / "libfake_cuda.so"
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([*command, str(SOURCE / "fake_cuda.cpp"), "-o", str(library)], check=True)
+    sources = map(str, SOURCE.glob("*.cpp"))
+    subprocess.run([*command, *sources, "-o", str(library)], check=True)
     return library
 
 
