@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_expert_ffn import GPT_OSS, Case, Inputs
+from expert_cases import GPT_OSS, Case, Inputs
 from torch import Tensor
 
 from moe_offload import _core, quantization

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from expert_cases import GPT_OSS, Case, Inputs
 from quantised_checkpoints import fp8, int4, mxfp4
-from test_expert_ffn import GPT_OSS, Case, Inputs
 from test_quantised_ffn import quantised, quantised_twin
 from tiny_models import experts_modules, prompt_ids, tiny_model
 from torch import Tensor
