@@ -136,6 +136,24 @@ def test_too_few_sequences_are_refused() -> None:
         train_rpp([], small_config(), steps=1)
 
 
+def test_a_time_that_no_step_fits_into_is_refused() -> None:
+    with pytest.raises(PredictorError, match="--minutes is too short for a single step"):
+        train_rpp(routed_by_token(4), small_config(), steps=1000, minutes=1e-9)
+    model = tiny_model("mixtral")
+    with pytest.raises(PredictorError, match="--minutes is too short for a single step"):
+        train_preattention(model, model_samples(model, 4, 8), NUM_EXPERTS, minutes=1e-9)
+
+
+def test_a_run_that_its_time_ends_counts_the_steps_it_took() -> None:
+    lines: list[str] = []
+    _, report = train_rpp(
+        routed_by_token(4), small_config(), steps=100_000, minutes=0.005, log=lines.append
+    )
+    assert 0 < report.steps < 100_000
+    assert report.tokens_seen == 4 * 12 * report.steps
+    assert int(lines[-1].split()[1]) <= report.steps
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     train_rpp_to(tmp_path, routed_by_token(4), small_config(), data="", steps=1, held_out=0.5)
     file = tmp_path / "predictor.safetensors"

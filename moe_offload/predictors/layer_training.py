@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe_offload.errors import PredictorError
 from moe_offload.huggingface.observe import Observer, observe
 from moe_offload.predictors.preattention import INPUT_EPS
-from moe_offload.predictors.rpp_training import Sample, TrainingReport, cosine
+from moe_offload.predictors.rpp_training import TOO_SHORT, Sample, TrainingReport, cosine, paced
 
 Moment = Literal["layer", "block"]  # before attention; what the router sees
 _INNER_STEPS = 4  # optimiser steps per forward of the model, on disjoint rows of it
@@ -101,12 +101,7 @@ def train_on_layers(
     start, seen, smoothed, done = time.monotonic(), 0, 0.0, 0
     source = _token_batches(samples, batch, seed)
     optimiser: Any = None
-    for step in range(1, steps + 1):
-        progress = step / steps
-        if minutes is not None:
-            progress = max(progress, (time.monotonic() - start) / (60 * minutes))
-        if progress > 1:
-            break
+    for step, progress in paced(steps, minutes):
         inputs, targets = watch(model, next(source), num_experts, moment)
         if optimiser is None:
             parameters = make(inputs, targets)
@@ -123,7 +118,7 @@ def train_on_layers(
         if step == 1 or step % 20 == 0:
             log(f"step {step} loss {smoothed:.4f} tokens {seen} {time.monotonic() - start:.0f} s")
     if optimiser is None:
-        raise PredictorError("train-predictor: --minutes is too short for a single step")
+        raise PredictorError(TOO_SHORT)
     return TrainingReport(
         steps=done,
         seconds=time.monotonic() - start,

@@ -110,6 +110,21 @@ def cosine(progress: float) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+TOO_SHORT = "train-predictor: --minutes is too short for a single step"
+
+
+def paced(steps: int, minutes: float | None) -> Iterator[tuple[int, float]]:
+    """(step, share of the run) for steps 1 to `steps`, or until `minutes` have passed."""
+    start = time.monotonic()
+    for step in range(1, steps + 1):
+        progress = step / steps
+        if minutes is not None:
+            progress = max(progress, (time.monotonic() - start) / (60 * minutes))
+        if progress > 1:
+            return
+        yield step, progress
+
+
 def train_rpp(
     samples: Sequence[Sample],
     config: RppConfig,
@@ -128,6 +143,9 @@ def train_rpp(
         steps: optimiser steps, or the most of them when `minutes` ends the run first (the
             learning rate then follows the clock).
         batch: sequences per step.
+
+    Raises:
+        PredictorError: no samples, or not enough time for one step.
     """
     if not samples:
         raise PredictorError("train-predictor: no sequence with routing to learn from")
@@ -140,12 +158,7 @@ def train_rpp(
     source = batches(samples, batch, seed, config.max_prompt, config.max_decoded)
     start, seen, smoothed = time.monotonic(), 0, 0.0
     step = 0
-    for step in range(1, steps + 1):
-        progress = step / steps
-        if minutes is not None:
-            progress = max(progress, (time.monotonic() - start) / (60 * minutes))
-        if progress > 1:
-            break
+    for step, progress in paced(steps, minutes):
         warm = min(1.0, step / 100)
         rate = learning_rate * warm * cosine(progress)
         for group in optimiser.param_groups:
@@ -162,6 +175,8 @@ def train_rpp(
         if step == 1 or step % 50 == 0:
             seconds = time.monotonic() - start
             log(f"step {step} loss {smoothed:.4f} tokens {seen} {seconds:.0f} s")
+    if step == 0:
+        raise PredictorError(TOO_SHORT)
     tokens = sum(len(s.decoded) for s in samples)
     report = TrainingReport(
         steps=step,
