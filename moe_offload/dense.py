@@ -92,6 +92,10 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
     had this done (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same
     bits, or to be as fast.
 
+    Args:
+        model: any module; what the kernels do not take (see `linear`) goes to torch at each call,
+            so layers may be on any device and in any dtype. Weights are neither copied nor changed.
+
     Example:
         >>> undo = use_dense_kernels(model)
     """

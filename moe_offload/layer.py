@@ -160,13 +160,16 @@ class OffloadedExperts(nn.Module):
     Args:
         weights: `{"gate_up_proj": [E, 2F, H], "down_proj": [E, H, F]}`, rows gate then up; or
             `{"up_proj": [E, F, H], "down_proj": [E, H, F]}` for experts without a gate; with
-            `*_bias` entries [E, N] if there are any. Kept alive and read, never changed.
+            `*_bias` entries [E, N] if there are any. Floating point, contiguous, on the CPU (with
+            device="cuda" too). Kept alive and read, never changed.
         activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or a function of a tensor.
         **options: see `OffloadConfig`; `device_budget` above all.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown activation.
-        BudgetError: see `Offloader`.
+        ValueError: shapes that do not fit together, a tensor that is not contiguous or elsewhere,
+            an unknown activation, or an option's value.
+        TypeError: an unknown option.
+        BudgetError, DeviceError: see `Offloader`.
 
     Example:
         >>> experts = OffloadedExperts({"gate_up_proj": gu, "down_proj": dn}, device_budget="25%")
@@ -196,7 +199,10 @@ class OffloadedExperts(nn.Module):
         activation: str | Callable[[Tensor], Tensor] = "silu",
         **options: Any,
     ) -> list[OffloadedExperts]:
-        """Several layers that share one pool of slots; one module per layer, one offloader."""
+        """Several layers that share one pool of slots; one module per layer, one offloader.
+
+        `layers` holds each one's `weights`; the rest and the errors are as for one layer.
+        """
         pages = TensorPages()
         described = []
         for index, weights in enumerate(layers):
@@ -213,7 +219,10 @@ class OffloadedExperts(nn.Module):
         return modules
 
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """[T, H], [T, A] ids, [T, A] weights -> [T, H]; see `run_experts`."""
+        """[T, H] floating point, [T, A] integer ids, [T, A] weights -> [T, H] in hidden's dtype.
+
+        Blocks on the CPU; raises PageReadError, StateError, ValueError: see `run_experts`.
+        """
         return run_experts(self._handle, self, hidden, topk_ids, topk_weights)
 
 
@@ -226,7 +235,10 @@ class OffloadedMoE(nn.Module):
         experts: an `OffloadedExperts`.
         top_k: A, needed when the router returns logits: softmax over all experts, then the A
             largest (Mixtral, arXiv 2401.04088), renormalised if `normalize`.
-        normalize: make each token's weights sum to one.
+        normalize: make each token's weights sum to one; only of weights computed from logits.
+
+    Raises:
+        ValueError: in a forward, when the router returned logits and top_k was not given.
     """
 
     def __init__(

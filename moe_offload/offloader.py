@@ -45,6 +45,7 @@ class Offloader:
         BudgetError: the budget is malformed or cannot hold one wave.
         PageReadError: a checkpoint file is missing, or the initial fill failed.
         DeviceError: config.device names a GPU that cannot be used.
+        ValueError: no layers, or pages whose shapes are not the layers'.
     """
 
     def __init__(
@@ -132,7 +133,8 @@ class Offloader:
                 pool.fill()
 
     def handle(self, index: int) -> PagedLayer:
-        """The address of layer `index` (position in `layers`), for `layer.run_experts`."""
+        """The address of layer `index` (position in `layers`), for `layer.run_experts`; KeyError
+        when there is no such layer."""
         return self._handles[index]
 
     @property
@@ -162,12 +164,13 @@ class Offloader:
     def stats(self) -> dict[str, Any]:
         """Counters since construction or `reset_stats`, JSON-ready.
 
-        Counts are of distinct (layer, expert) pages per call of a layer. Keys: hits,
-        demand_misses, joined_prefetches, hit_rate, hit_rate_without_prefetch, demand_bytes,
+        Counts are of distinct (layer, expert) pages per call of a layer. Keys: acquires (calls),
+        lookups = hits + demand_misses + joined_prefetches, prefetch_hits (of the hits, the first
+        uses of prefetched pages), hit_rate, hit_rate_without_prefetch, demand_bytes,
         prefetch_bytes_used, prefetch_bytes_wasted, fill_bytes, disk_bytes, swap_back_bytes (of
         pages sent back, see `OffloadConfig`), evictions, bypasses, stall_seconds, overlap_seconds,
         device_budget_bytes, total_expert_bytes, num_slots, num_pages, resident_pages, policy,
-        lossy (what changes tokens; None: nothing does),
+        device, lossy (what changes tokens; None: nothing does),
         dense_backend (of a transformers model's other layers),
         expert_backend (several names when layers differ), weight_format of the pages ("plain",
         "mxfp4", "fp8_block", "int4_group"), io_mode, io_engine, io_fallback, files_deleted, and
@@ -239,7 +242,8 @@ class Offloader:
             self.predicting.reset()
 
     def timeline(self, path: str | Path) -> int:
-        """Write recent copies, stalls and tickets as a Chrome / Perfetto trace; see telemetry."""
+        """Write recent copies, stalls and tickets as a Chrome / Perfetto trace, the newest 65 536
+        of each pool; returns how many were written. OSError when the file cannot be."""
         self._check_open("timeline")
         return write_timeline(self.pools, path)
 
@@ -261,6 +265,14 @@ class Offloader:
         """Start copies of pages that layer `layer` is likely to need; returns how many started.
 
         Does not block. Demand fetches go first; what is not used is counted as wasted.
+
+        Args:
+            layer: position in `layers`.
+            experts: distinct ids, the likeliest first; those resident or on their way cost nothing.
+
+        Raises:
+            KeyError: no such layer.
+            ValueError: ids out of range, or one twice.
         """
         self._check_open("prefetch")
         handle = self._handles[layer]

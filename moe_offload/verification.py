@@ -131,7 +131,7 @@ def verify(
 
     Raises:
         StateError: not offloaded, lossy, on a GPU, or not enough memory for the reference.
-        ValueError: no prompts, or texts without a tokenizer.
+        ValueError: no prompts, no new token, texts without a tokenizer, or a batch as one prompt.
 
     Example:
         >>> report = moe_offload.verify(model, ["Once upon a time"], tokenizer=tokenizer)

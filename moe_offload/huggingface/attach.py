@@ -54,6 +54,8 @@ def offload(model: nn.Module, device_budget: int | str = "25%", **options: Any) 
         StateError: training mode, gradients, or offloaded already.
         BudgetError: malformed, or too small for one wave.
         DeviceError: no GPU that can be used, or the model without experts does not fit there.
+        PredictorError: a predictor that is none, or of another model.
+        TypeError, ValueError: no such option, or a value it does not take.
 
     Example:
         >>> offloader = moe_offload.offload(model, device_budget="25%")

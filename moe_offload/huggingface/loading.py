@@ -87,12 +87,16 @@ def from_pretrained(
 
     Returns:
         A model of transformers' own class, in eval mode. `moe_offload.get_offloader(model)` has
-        the statistics; its `restore()` reads all experts and leaves a plain resident model.
+        the statistics; its `restore()` reads all experts and leaves a plain resident model. With
+        output_loading_info=True, (model, what transformers found), as there.
 
     Raises:
         CheckpointError: files missing, damaged or inconsistent with config.json.
         UnsupportedModelError: no experts that can be paged.
         BudgetError: malformed, or too small for one wave.
+        DeviceError: no GPU that can be used, or the model without experts does not fit there.
+        PredictorError: a predictor that is none, or of another model.
+        ValueError: an option of OffloadConfig has a value it does not take.
 
     Example:
         >>> model = moe_offload.from_pretrained("allenai/OLMoE-1B-7B-0924", device_budget="6GiB")
