@@ -166,21 +166,60 @@ void what_is_read_ahead_of_a_scan_passes_through() {
     for (int32_t expert = 0; expert < 5; ++expert) CHECK(!pool.residents().contains({1, expert}));
 }
 
-// A ticket that ends early gives up what it had chained behind a page that was read ahead.
-void a_ticket_closed_early_leaves_what_was_read_ahead() {
-    Pool pool(24, 2, 32, 1);
+// What was read ahead belongs to the scan that it was read for: pages have no slot of their own any
+// more, and misses are chained behind them. A ticket that ends before it took one page gives all of
+// it up: those slots are free, and so are those of the chains' first copies once these have ended.
+void a_scan_closed_early_gives_up_what_was_read_ahead() {
     std::vector<int32_t> all(32);
     std::iota(all.begin(), all.end(), 0);
-    pool.forward(0, all, 512, 1);
-    pool.source->set_gate(false);
-    {
-        const auto ticket = pool.pager->acquire(1, all, {}, 512);
+    for (const bool landed : {true, false}) {
+        Pool pool(24, 2, 32, 1);
+        pool.forward(0, all, 512);  // leaves a layer's share, its last 12
+        Pages kept;
+        for (int32_t expert = 20; expert < 32; ++expert) kept.emplace(0, expert);
+        CHECK_EQ(pool.residents(), kept);
+        pool.source->set_gate(landed);
+        CHECK_EQ(pool.pager->read_ahead(1), 6u);
+        if (landed) pool.pager->drain();
+        pool.source->set_gate(false);
+        pool.pager->reset_counters();
+        {
+            const auto ticket = pool.pager->acquire(1, all, {}, 512);
+            CHECK_EQ(pool.pager->num_live_tickets(), 1u);
+        }
+        CHECK_EQ(pool.pager->num_live_tickets(), 0u);
+        pool.source->set_gate(true);
+        pool.pager->drain();
+
+        const LayerCounters sum = pool.total();
+        CHECK_EQ(sum.lookups, 32u);
+        CHECK_EQ(sum.prefetch_hits, landed ? 6u : 0u);
+        CHECK_EQ(sum.joined_prefetches, landed ? 0u : 6u);
+        CHECK_EQ(sum.demand_misses, 26u);
+        CHECK_EQ(sum.bypasses, 20u);
+        CHECK_EQ(sum.evictions, 0u);
+        CHECK_EQ(sum.demand_bytes, 6 * kBytes);  // of the six free slots; the others never began
+        CHECK_EQ(sum.prefetch_bytes_used, landed ? 6 * kBytes : 0u);
+        CHECK_EQ(sum.prefetch_bytes_wasted, landed ? 0u : 6 * kBytes);
+        CHECK_EQ(pool.residents(), kept);
+
+        // Twelve slots are free and none is pinned: prefetches may have all of them.
+        const std::vector<int32_t> many(all.begin(), all.begin() + 24);
+        const std::vector<int32_t> half(many.begin(), many.begin() + 12);
+        CHECK_EQ(pool.pager->prefetch(1, half), 12u);
+        pool.pager->drain();
+        CHECK_EQ(pool.total().evictions, 0u);
+        CHECK_EQ(pool.pager->prefetch(1, many), 12u);
+        pool.pager->drain();
+        CHECK_EQ(pool.total().evictions, 12u);
+        Pages ahead;
+        for (const int32_t expert : many) ahead.emplace(1, expert);
+        CHECK_EQ(pool.residents(), ahead);
+        pool.forward(1, all, 512);
+        pool.forward(0, all, 512, 1);
+        pool.forward(1, all, 512);
+        CHECK_EQ(pool.pager->num_live_tickets(), 0u);
     }
-    pool.source->set_gate(true);
-    pool.pager->drain();
-    pool.forward(1, all, 512);
-    pool.forward(0, all, 512, 1);
-    pool.forward(1, all, 512);
 }
 
 }  // namespace
@@ -195,5 +234,5 @@ int main() {
     RUN(an_expected_page_is_kept_from_prefetches_until_its_layer_is_routed);
     RUN(cancelling_keeps_what_is_still_predicted);
     RUN(what_is_read_ahead_of_a_scan_passes_through);
-    RUN(a_ticket_closed_early_leaves_what_was_read_ahead);
+    RUN(a_scan_closed_early_gives_up_what_was_read_ahead);
 }
