@@ -117,6 +117,25 @@ def test_auto_is_own_lookahead_for_large_pages_on_disk() -> None:
     assert make_predictor("auto", disk_page_bytes=AUTO_PAGE_BYTES).name == "lookahead-0"
 
 
+def test_auto_rests_while_every_expert_is_resident(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("moe_offload.predictors.AUTO_PAGE_BYTES", 1)
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+
+    def steps(**options: Any) -> tuple[int, Any, Any]:
+        paged = moe_offload.from_pretrained(tmp_path, device_budget="100%", **options)
+        offloader = moe_offload.get_offloader(paged)
+        generate(paged)
+        return offloader.stats()["predictor"]["steps"], paged, offloader
+
+    assert steps(predictor="lookahead-0")[0] > 0  # asked for by name: it is scored
+    rested, paged, offloader = steps()
+    assert rested == 0
+    offloader.resize("50%")
+    generate(paged)
+    assert offloader.stats()["predictor"]["steps"] > 0
+
+
 def test_auto_goes_without_a_router_and_says_so(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("moe_offload.predictors.AUTO_PAGE_BYTES", 1)
     model = tiny_model("mixtral")

@@ -65,6 +65,8 @@ class PrefetchDriver:
         experts = [layer.num_experts for layer in offloader.layers]
         self.facts = facts_of(model, experts, [layer.name for layer in offloader.layers])
         self.paused = False  # while the model runs on its own parameters
+        # What nobody asked for by name need not be scored either when there is nothing to fetch.
+        self._rests_when_full = offloader.config.predictor == "auto"
         self._thread = 0
         self._call: ModelCall | None = None
         self._routed: tuple[int, Tensor, Tensor] | None = None
@@ -111,7 +113,10 @@ class PrefetchDriver:
             pool, local = self._pools[layer]  # the last call ended early
             pool.pager.cancel_prefetches(local)
         self._started.clear()
-        self._wanted = call.batch * call.length <= self.max_rows
+        self._wanted = call.batch * call.length <= self.max_rows and not (
+            self._rests_when_full
+            and all(handle.pool.num_slots >= handle.pool.num_pages for handle in self._handles)
+        )
         self.predictor.wanted = self._wanted
         self._note(self.predictor.token_known(call), -1, "token")
         self._schedule_standing(-1)
