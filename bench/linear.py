@@ -58,7 +58,7 @@ def measure(plan: Plan, name: str, dtype_name: str, rows: int) -> Row:
     weights = [torch.randn(num_out, num_in).div_(num_in**0.5).to(dtype) for _ in range(count)]
     x = torch.randn(rows, num_in).to(dtype)
     y = torch.full((rows, num_out), float("nan"), dtype=dtype)
-    kernels = _core.Linear(dtype_name)
+    kernels = _core.DenseKernels(dtype_name)
 
     def native(weight: torch.Tensor) -> torch.Tensor:
         kernels.multiply(

@@ -8,6 +8,7 @@
 #include "expert_gemm/cpu/ffn_run.h"
 #include "expert_gemm/cpu/linear.h"
 #include "expert_gemm/cpu/multiply_roof.h"
+#include "expert_gemm/cpu/rms_norm.h"
 #include "expert_gemm/route_sort.h"
 
 namespace py = pybind11;
@@ -94,16 +95,16 @@ FfnRun start(const ExpertFfn& ffn, uintptr_t hidden, uintptr_t topk_ids, bool id
 }
 
 // The kernels of dense layers of one dtype, looked up once: a small layer takes a few microseconds.
-struct Linear {
+struct DenseKernels {
     Dtype dtype;
     const Kernels* kernels;
 };
 
-Linear make_linear(const std::string& dtype, const std::string& isa) {
+DenseKernels make_dense(const std::string& dtype, const std::string& isa) {
     return {dtype_named(dtype), kernels_named(isa, dtype_named(dtype))};
 }
 
-void multiply(const Linear& self, uintptr_t x, int64_t rows, int64_t in, int64_t out,
+void multiply(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t in, int64_t out,
               uintptr_t weight, int64_t row_stride, uintptr_t bias, uintptr_t y, int num_threads) {
     const LinearArgs args{reinterpret_cast<const void*>(x),
                           rows,
@@ -114,6 +115,21 @@ void multiply(const Linear& self, uintptr_t x, int64_t rows, int64_t in, int64_t
                           reinterpret_cast<const std::byte*>(bias),
                           reinterpret_cast<void*>(y)};
     linear(args, self.dtype, *self.kernels, num_threads);
+}
+
+void normalise(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t size, uintptr_t weight,
+               float epsilon, float weight_offset, bool rounds_before_weight, uintptr_t y,
+               int num_threads) {
+    const NormArgs args{reinterpret_cast<const void*>(x),
+                        reinterpret_cast<const void*>(weight),
+                        reinterpret_cast<void*>(y),
+                        size,
+                        0,
+                        rows,
+                        epsilon,
+                        weight_offset,
+                        rounds_before_weight};
+    rms_norm(args, self.dtype, *self.kernels, num_threads);
 }
 
 void sort_routes_at(uintptr_t ids, bool ids_are_int64, int32_t num_routes, int32_t num_experts,
@@ -157,13 +173,17 @@ void bind_expert_ffn(py::module_& m) {
         "thread: (floating-point operations, seconds). 16-bit weights are multiplied in fp32 where "
         "the instruction set has nothing else.");
 
-    py::class_<Linear>(m, "Linear")
-        .def(py::init(&make_linear), "dtype"_a, "isa"_a = "auto")
-        .def_property_readonly("isa", [](const Linear& self) { return self.kernels->isa; })
+    py::class_<DenseKernels>(m, "DenseKernels")
+        .def(py::init(&make_dense), "dtype"_a, "isa"_a = "auto")
+        .def_property_readonly("isa", [](const DenseKernels& self) { return self.kernels->isa; })
         .def("multiply", &multiply, "x"_a, "rows"_a, "in_features"_a, "out_features"_a, "weight"_a,
              "row_stride"_a, "bias"_a, "y"_a, "num_threads"_a, ReleaseGil(),
              "y [rows, out] = x [rows, in] weight^T + bias, addresses of contiguous rows of the "
-             "dtype; row_stride: bytes from row to row of the weight; bias 0: none.");
+             "dtype; row_stride: bytes from row to row of the weight; bias 0: none.")
+        .def("rms_norm", &normalise, "x"_a, "rows"_a, "size"_a, "weight"_a, "epsilon"_a,
+             "weight_offset"_a, "rounds_before_weight"_a, "y"_a, "num_threads"_a, ReleaseGil(),
+             "y [rows, size] = x / sqrt(mean(x^2) + epsilon), perhaps rounded to the dtype, times "
+             "(weight + weight_offset).");
 
     py::class_<FfnWeights>(m, "FfnWeights")
         .def(py::init([](const View& up, const View& down, const std::optional<View>& gate,

@@ -211,7 +211,7 @@ def sort_routes(
 def cpu_isas(dtype: str) -> list[str]: ...
 def multiply_roof(dtype: str, seconds: float, isa: str = "auto") -> tuple[int, float]: ...
 
-class Linear:
+class DenseKernels:
     def __init__(self, dtype: str, isa: str = "auto") -> None: ...
     @property
     def isa(self) -> str: ...
@@ -224,6 +224,18 @@ class Linear:
         weight: int,
         row_stride: int,
         bias: int,
+        y: int,
+        num_threads: int,
+    ) -> None: ...
+    def rms_norm(
+        self,
+        x: int,
+        rows: int,
+        size: int,
+        weight: int,
+        epsilon: float,
+        weight_offset: float,
+        rounds_before_weight: bool,
         y: int,
         num_threads: int,
     ) -> None: ...

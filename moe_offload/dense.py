@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_offload import _core
-from moe_offload.backends.native import DTYPES
+from moe_offload.backends.native import DTYPES, dense_kernels
+from moe_offload.norms import use_native_norms
 
 # Rows for which the kernels were faster than torch on all of bench/linear.py's shapes, per
 # instruction set: first and last. Many rows of float32 and of AVX2 (forced on Zen 4, torch as well)
@@ -33,8 +33,8 @@ PAYS: dict[tuple[str, torch.dtype], tuple[int, int]] = {
     ("avx512", torch.bfloat16): (1, 64),
     ("avx512", torch.float16): (2, _ALL),
     ("avx512", torch.float32): (1, 256),
-    ("avx2", torch.bfloat16): (2, _ALL),
-    ("avx2", torch.float16): (2, _ALL),
+    ("avx2", torch.bfloat16): (1, _ALL),
+    ("avx2", torch.float16): (1, _ALL),
     ("avx2", torch.float32): (1, 128),
 }
 
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     num_out, num_in = weight.shape
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], num_out))
-    _kernels(x.dtype).multiply(
+    dense_kernels(x.dtype).multiply(
         x.data_ptr(),
         x.numel() // num_in,
         num_in,
@@ -87,8 +87,9 @@ class NativeLinear(nn.Linear):
 def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
     """Let a model compute its dense part as an offloaded one does; returns what takes that back.
 
-    Its `nn.Linear` layers go through `linear` (subclasses keep their own arithmetic), and in a
-    transformers model single tokens attend as `huggingface.attention` says. An offloaded model has
+    Its `nn.Linear` layers go through `linear` (subclasses keep their own arithmetic), its RMSNorm
+    layers, where they are recognised, through `norms.rms_norm`, and in a transformers model single
+    tokens attend as `huggingface.attention` says. An offloaded model has
     had this done (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same
     bits, or to be as fast.
 
@@ -102,19 +103,19 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
     swapped = [module for module in model.modules() if type(module) is nn.Linear]
     for module in swapped:
         module.__class__ = NativeLinear
-    undo_attention: Callable[[], None] | None = None
+    undo = [use_native_norms(model)]
     if hasattr(model, "set_attn_implementation"):
         from moe_offload.huggingface.attention import use_grouped_attention
 
-        undo_attention = use_grouped_attention(model)
-    return functools.partial(_put_back, swapped, undo_attention)
+        undo.append(use_grouped_attention(model))
+    return functools.partial(_put_back, swapped, undo)
 
 
-def _put_back(swapped: list[nn.Linear], undo_attention: Callable[[], None] | None) -> None:
+def _put_back(swapped: list[nn.Linear], undo: list[Callable[[], None]]) -> None:
     for module in swapped:
         module.__class__ = nn.Linear
-    if undo_attention is not None:
-        undo_attention()
+    for put_back in undo:
+        put_back()
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -149,13 +150,8 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 @functools.cache
-def _kernels(dtype: torch.dtype) -> _core.Linear:
-    return _core.Linear(DTYPES[dtype])
-
-
-@functools.cache
 def _pays(dtype: torch.dtype) -> tuple[int, int]:
     """First and last number of rows; an empty range where nothing is gained."""
     if dtype not in DTYPES:
         return (1, 0)
-    return PAYS.get((_kernels(dtype).isa, dtype), (1, 0))
+    return PAYS.get((dense_kernels(dtype).isa, dtype), (1, 0))

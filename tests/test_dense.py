@@ -30,7 +30,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str, threads: int =
     """The kernel by itself, its output poisoned."""
     rows, out = x.shape[0], weight.shape[0]
     y = torch.full((rows, out), float("nan"), dtype=x.dtype)
-    _core.Linear(DTYPES[x.dtype], isa).multiply(
+    _core.DenseKernels(DTYPES[x.dtype], isa).multiply(
         *(x.data_ptr(), rows, x.shape[1], out, weight.data_ptr()),
         *(weight.stride(0) * weight.element_size(), 0 if bias is None else bias.data_ptr()),
         *(y.data_ptr(), threads),
@@ -64,7 +64,7 @@ def test_error_is_torchs_own(dtype: torch.dtype, isa: str, rows: int, with_bias:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Rows of each call that reached the kernels; every number of rows is taken."""
     calls: list[int] = []
-    kernels = dense._kernels
+    kernels = dense.dense_kernels
 
     def counting(dtype: torch.dtype) -> SimpleNamespace:
         def count(*args: int) -> None:
@@ -73,7 +73,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
         return SimpleNamespace(multiply=count)
 
-    monkeypatch.setattr(dense, "_kernels", counting)
+    monkeypatch.setattr(dense, "dense_kernels", counting)
     monkeypatch.setattr(dense, "_pays", lambda dtype: (1, 1000 if dtype in DTYPES else 0))
     return calls
 
@@ -182,7 +182,7 @@ def test_bad_options() -> None:
 def test_a_forced_instruction_set_is_used() -> None:
     code = (
         "from moe_offload import dense; import torch; f32 = torch.float32; "
-        "print(dense._kernels(f32).isa, dense._pays(f32))"
+        "print(dense.dense_kernels(f32).isa, dense._pays(f32))"
     )
     environment = {**os.environ, "MOE_OFFLOAD_CPU_ISA": "plain"}
     done = subprocess.run(

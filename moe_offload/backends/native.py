@@ -8,6 +8,7 @@ Quantised pages are computed in bfloat16, with the bits of the same pages dequan
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,12 @@ _FORMATS_BY_SCALES = {
     ("int4_group", torch.float16): "int4_group_f16",
 }
 _FLOATS = tuple(DTYPES)
+
+
+@functools.cache
+def dense_kernels(dtype: torch.dtype) -> _core.DenseKernels:
+    """This machine's kernels for a model's other layers; for a dtype of `DTYPES`."""
+    return _core.DenseKernels(DTYPES[dtype])
 
 
 class Native:

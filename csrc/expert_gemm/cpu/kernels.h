@@ -72,6 +72,17 @@ struct DequantiseArgs {
     int64_t group = 0;   // of int4_group: columns that share a scale
 };
 
+struct NormArgs {
+    const void* x;       // [rows, size], contiguous
+    const void* weight;  // [size]
+    void* y;             // [rows, size]
+    int64_t size;
+    int64_t begin, end;         // rows
+    float epsilon;              // added to the mean of squares
+    float weight_offset;        // added to the weight in fp32
+    bool rounds_before_weight;  // to the dtype, before the product with the weight
+};
+
 struct Kernels {
     const char* isa;
     int64_t few_rows;    // up to so many rows the few-row kernels are faster
@@ -99,6 +110,8 @@ struct Kernels {
     // out[i] = sum over a of y[a * stride + i], in order, skipping a where use[a] is false.
     void (*combine)(const std::byte* y, int64_t stride, const bool* use, int64_t top_k, int64_t n,
                     void* out);
+    // Rows over the root of their mean square, times a weight, see norm_rows.h.
+    void (*norm)(const NormArgs&);
     // A tile's multiply-adds from registers, `rounds` times; how many operations (multiply_roof.h).
     int64_t (*multiply)(int64_t rounds);
 

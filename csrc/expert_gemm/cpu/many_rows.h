@@ -22,6 +22,7 @@
 #include "expert_gemm/cpu/dequantise.h"
 #include "expert_gemm/cpu/few_rows.h"
 #include "expert_gemm/cpu/kernels.h"
+#include "expert_gemm/cpu/norm_rows.h"
 #include "expert_gemm/cpu/ops.h"
 #include "expert_gemm/cpu/row_blocks.h"
 #include "expert_gemm/cpu/transpose.h"
@@ -372,6 +373,7 @@ Kernels make_kernels(const char* isa) {
     k.transpose = &transpose_panel<typename Op::T>;
     if constexpr (__is_same(typename Op::T, BF16)) k.dequantise = &dequantise<typename Op::L>;
     k.combine = &combine_rows<Op>;
+    k.norm = &norm_rows<Op>;
     k.multiply = &Tile::multiply;
     return k;
 }
