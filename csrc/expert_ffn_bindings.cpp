@@ -1,10 +1,12 @@
-// The Python face of the CPU expert kernels, and of the sort of routes that GPU kernels get, part
-// of `moe_offload._core`. Addresses are integers (Tensor.data_ptr()); who passes them keeps the
-// tensors alive until finish() has returned.
+// The Python face of the CPU kernels (experts, dense layers, attention), and of the sort of routes
+// that GPU kernels get, part of `moe_offload._core`. Addresses are integers (Tensor.data_ptr());
+// who passes them keeps the tensors alive until finish() has returned.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <array>
+#include <tuple>
 
+#include "expert_gemm/cpu/attention.h"
 #include "expert_gemm/cpu/ffn_run.h"
 #include "expert_gemm/cpu/linear.h"
 #include "expert_gemm/cpu/multiply_roof.h"
@@ -132,6 +134,40 @@ void normalise(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t size
     rms_norm(args, self.dtype, *self.kernels, num_threads);
 }
 
+// address, kind, bytes to the next sequence, to the next head, to the next position
+using Mask = std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t>;
+
+void attend(const DenseKernels& self, uintptr_t q, uintptr_t keys, uintptr_t values, uintptr_t out,
+            const std::array<int64_t, 6>& shape, const std::array<int64_t, 3>& key_strides,
+            const std::array<int64_t, 3>& value_strides, const std::optional<Mask>& mask,
+            float scale, int num_threads) {
+    AttentionArgs a{};
+    a.q = reinterpret_cast<const std::byte*>(q);
+    a.keys = reinterpret_cast<const std::byte*>(keys);
+    a.values = reinterpret_cast<const std::byte*>(values);
+    a.out = reinterpret_cast<std::byte*>(out);
+    std::tie(a.batch, a.query_heads, a.key_heads, a.positions, a.size, a.value_size) =
+        std::tuple_cat(shape);
+    std::tie(a.key_batch_stride, a.key_head_stride, a.key_stride) = std::tuple_cat(key_strides);
+    std::tie(a.value_batch_stride, a.value_head_stride, a.value_stride) =
+        std::tuple_cat(value_strides);
+    if (mask) {
+        const auto& [address, kind, batch_stride, head_stride, stride] = *mask;
+        if (kind != "bool" && kind != "float32" && kind != "same")
+            throw std::invalid_argument("attend: expected a mask of bool, float32 or same, got " +
+                                        kind);
+        a.mask.kind = kind == "bool"      ? AttendMask::kBool
+                      : kind == "float32" ? AttendMask::kFloat
+                                          : AttendMask::kSame;
+        a.mask.base = reinterpret_cast<const std::byte*>(address);
+        a.mask.head_stride = head_stride;
+        a.mask.stride = stride;
+        a.mask_batch_stride = batch_stride;
+    }
+    a.scale = scale;
+    attention(a, self.dtype, *self.kernels, num_threads);
+}
+
 void sort_routes_at(uintptr_t ids, bool ids_are_int64, int32_t num_routes, int32_t num_experts,
                     const std::array<uintptr_t, 5>& maps) {
     const auto at = [&maps](size_t i) { return reinterpret_cast<int32_t*>(maps[i]); };
@@ -183,7 +219,13 @@ void bind_expert_ffn(py::module_& m) {
         .def("rms_norm", &normalise, "x"_a, "rows"_a, "size"_a, "weight"_a, "epsilon"_a,
              "weight_offset"_a, "rounds_before_weight"_a, "y"_a, "num_threads"_a, ReleaseGil(),
              "y [rows, size] = x / sqrt(mean(x^2) + epsilon), perhaps rounded to the dtype, times "
-             "(weight + weight_offset).");
+             "(weight + weight_offset).")
+        .def("attend", &attend, "q"_a, "keys"_a, "values"_a, "out"_a, "shape"_a, "key_strides"_a,
+             "value_strides"_a, "mask"_a, "scale"_a, "num_threads"_a, ReleaseGil(),
+             "out [B, Hq, D'] = softmax(scale q K^T + mask) V for q [B, Hq, D], one token a "
+             "sequence. shape: (B, Hq, Hkv, S, D, D'); strides of keys [B, Hkv, S, D] and values: "
+             "bytes to the next sequence, head and position; mask: None or (address, bool, float32 "
+             "or same (the dtype), bytes to the next sequence, query head and position).");
 
     py::class_<FfnWeights>(m, "FfnWeights")
         .def(py::init([](const View& up, const View& down, const std::optional<View>& gate,

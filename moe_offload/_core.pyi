@@ -239,6 +239,19 @@ class DenseKernels:
         y: int,
         num_threads: int,
     ) -> None: ...
+    def attend(
+        self,
+        q: int,
+        keys: int,
+        values: int,
+        out: int,
+        shape: tuple[int, int, int, int, int, int],
+        key_strides: tuple[int, int, int],
+        value_strides: tuple[int, int, int],
+        mask: tuple[int, str, int, int, int] | None,
+        scale: float,
+        num_threads: int,
+    ) -> None: ...
 
 class FfnWeights:
     def __init__(

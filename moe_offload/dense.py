@@ -88,7 +88,7 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
     """Let a model compute its dense part as an offloaded one does; returns what takes that back.
 
     Its `nn.Linear` layers go through `linear` (subclasses keep their own arithmetic), its RMSNorm
-    layers, where they are recognised, through `norms.rms_norm`, and in a transformers model single
+    layers, where they are recognised, through `norms.rms_norm`, and in a transformers model decoded
     tokens attend as `huggingface.attention` says. An offloaded model has
     had this done (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same
     bits, or to be as fast.
@@ -105,9 +105,9 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
         module.__class__ = NativeLinear
     undo = [use_native_norms(model)]
     if hasattr(model, "set_attn_implementation"):
-        from moe_offload.huggingface.attention import use_grouped_attention
+        from moe_offload.huggingface.attention import use_token_attention
 
-        undo.append(use_grouped_attention(model))
+        undo.append(use_token_attention(model))
     return functools.partial(_put_back, swapped, undo)
 
 

@@ -108,6 +108,16 @@ def test_linear_compares_with_torch(tmp_path: Path) -> None:
     assert all(row["x_torch"] > 0 and row["x_error"] > 0 for row in rows)
 
 
+def test_attention_compares_with_torch(tmp_path: Path) -> None:
+    output = tmp_path / "attention.json"
+    command = [sys.executable, BENCH / "attention.py", "--quick", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float16", "float32"}
+    assert all(row["x_best"] > 0 and row["of_read"] > 0 for row in rows)
+
+
 def test_wrong_tokens_print_no_time(report) -> None:
     from comparison import Comparison
 

@@ -8,20 +8,17 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import moe_offload
 from moe_offload import _core, dense
 from moe_offload.backends.native import DTYPES
 from moe_offload.dense import NativeLinear, linear, use_dense_kernels
-from moe_offload.huggingface import attention
 
 KERNELS = [(dtype, isa) for dtype, name in DTYPES.items() for isa in _core.cpu_isas(name)]
 
@@ -189,58 +186,3 @@ def test_a_forced_instruction_set_is_used() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "plain (1, 0)"
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_grouped_attention_is_attention(masked: bool) -> None:
-    module = SimpleNamespace(num_key_value_groups=4, is_causal=True)
-    query = torch.randn(2, 8, 1, 16)
-    key, value = torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
-    mask = None
-    if masked:
-        mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-        mask[0, ..., :3] = False
-    got, _ = attention.attention_forward(module, query, key, value, mask, scaling=0.3)
-    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    assert got.shape == expected.shape == (2, 1, 8, 16)
-    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
-
-
-def test_other_attention_is_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def theirs(module: object, query: Tensor, *args: object, **kwargs: object) -> tuple:
-        calls.append(query.shape[2])
-        return sdpa_attention_forward(module, query, *args, **kwargs)
-
-    monkeypatch.setattr(attention, "sdpa_attention_forward", theirs)
-    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    key = torch.randn(1, 2, 5, 8)
-    attention.attention_forward(module, torch.randn(1, 4, 5, 8), key, key, None)
-    per_head = torch.ones(1, 4, 1, 5, dtype=torch.bool)
-    attention.attention_forward(module, torch.randn(1, 4, 1, 8), key, key, per_head)
-    bias = torch.zeros(1, 4, 1, 5)
-    attention.attention_forward(module, torch.randn(1, 4, 1, 8), key, key, None, position_bias=bias)
-    equal = SimpleNamespace(num_key_value_groups=1, is_causal=True)
-    attention.attention_forward(equal, torch.randn(1, 2, 1, 8), key, key, None)
-    assert calls == [5, 1, 1, 1]
-
-
-def test_a_models_attention_is_swapped_and_put_back() -> None:
-    model = tiny_models.tiny_model("qwen3_moe", implementation="grouped_mm")
-    assert model.config._attn_implementation == "sdpa"
-    with moe_offload.offload(model, "30%"):
-        assert model.config._attn_implementation == attention.NAME
-        assert model.model.layers[0].self_attn.config._attn_implementation == attention.NAME
-    assert model.config._attn_implementation == "sdpa"
-    part = model.model.layers[0].self_attn
-    part.config = copy.deepcopy(part.config)
-    part.config._attn_implementation_internal = "eager"  # as a vision tower may have it
-    with moe_offload.offload(model, "30%"):
-        assert model.config._attn_implementation == "sdpa"
-    part.config = model.config
-    with moe_offload.offload(model, "30%"):
-        model.set_attn_implementation("eager")  # the user's own choice stays
-    assert model.config._attn_implementation == "eager"
-    with moe_offload.offload(model, "30%"):
-        assert model.config._attn_implementation == "eager"

@@ -1,12 +1,10 @@
-"""Attention of single tokens over grouped keys: torch's own kernel, asked in another shape.
+"""Attention of single tokens by the package's kernel, under a name that transformers knows.
 
-Where several query heads share keys and values, a decoded token's query is one row per head, and
-torch's CPU kernel reads the shared keys and values once for each of them (32 heads on 4, 2048
-positions: 7.0 ms; repeated first, as transformers does beside a mask: 8.9). The heads of a group as
-rows of one query are the same numbers and read them once: 0.56 ms (two Zen 4 cores, scratch run).
-
-Registered with transformers under a name of its own, which a model's configuration then has.
-Everything else than one token on the CPU goes to transformers' `sdpa_attention_forward`.
+A decoded token goes to `moe_offload.attention` where that is faster than torch. Where it is not and
+several query heads share keys and values, torch's CPU kernel reads them once for each head (32
+heads on 4, 2048 positions: 7.0 ms; repeated first, as transformers does beside a mask: 8.9); the
+heads of a group as rows of one query are the same numbers and read them once: 0.56 ms (two Zen 4
+cores, scratch run). Everything else goes to transformers' `sdpa_attention_forward`.
 """
 
 from __future__ import annotations
@@ -22,6 +20,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from moe_offload.attention import takes, token_attention
 
 NAME = "moe_offload_sdpa"
 
@@ -49,17 +49,18 @@ def attention_forward(
     """
     batch, heads, length, size = query.shape
     groups = key.shape[1]
-    if (
+    plain = not (
         length != 1
-        or heads == groups
-        or heads % groups
         or query.device.type != "cpu"
         or dropout
         or kwargs.get("position_bias") is not None
         or kwargs.get("output_attentions")
-        or (attention_mask is not None and tuple(attention_mask.shape[1:3]) != (1, 1))
         or torch.compiler.is_compiling()
-    ):
+    )
+    if plain and takes(query, key, value, attention_mask):
+        return token_attention(query, key, value, attention_mask, scaling), None
+    one_mask = attention_mask is None or tuple(attention_mask.shape[1:3]) == (1, 1)
+    if not plain or heads == groups or heads % groups or not one_mask:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
@@ -69,7 +70,7 @@ def attention_forward(
     return out.reshape(batch, 1, heads, value.shape[-1]), None
 
 
-def use_grouped_attention(model: Any) -> Callable[[], None]:
+def use_token_attention(model: Any) -> Callable[[], None]:
     """Let a transformers model's "sdpa" attention be this one; returns what takes that back.
 
     Models that ask for "sdpa" by name in their own code keep it, as do those on other attention,

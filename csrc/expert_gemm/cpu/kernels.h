@@ -83,6 +83,53 @@ struct NormArgs {
     bool rounds_before_weight;  // to the dtype, before the product with the weight
 };
 
+// What is added to the scores of one sequence's positions, before the softmax.
+struct AttendMask {
+    enum Kind : int32_t { kBool = 0, kFloat = 1, kSame = 2 };  // false: masked; fp32; keys' dtype
+    Kind kind = kBool;
+    const std::byte* base = nullptr;  // of the first head and position; null: nothing is masked
+    int64_t head_stride = 0;          // bytes from query head to query head; 0: one for all
+    int64_t stride = 0;               // bytes from position to position
+};
+
+constexpr int64_t kAttendChunk = 256;  // positions at most; attention.cpp has the evidence
+
+// A softmax over some positions: the largest score (-infinity: all are masked), and the sum of
+// e^(score - max).
+struct AttendSoftmax {
+    float max, sum;
+};
+
+// A chunk of positions for the query heads that share its keys; see attend.h.
+struct AttendArgs {
+    int64_t heads;            // query heads
+    int64_t size;             // of a head of q and keys
+    int64_t value_size;       // of a head of values
+    const void* q;            // [heads, size], contiguous
+    int64_t positions;        // up to kAttendChunk
+    const std::byte* keys;    // [positions] rows of `size` elements
+    int64_t key_stride;       // bytes
+    const std::byte* values;  // [positions] rows of `value_size` elements
+    int64_t value_stride;     // bytes
+    float scale;              // of scores
+    AttendMask mask;          // of these positions
+    std::byte* scratch;       // Kernels::attend_scratch_bytes
+    float* out;               // [heads, out_stride]: sums of e^(score - max) times values
+    int64_t out_stride;       // value_size rounded up to whole vectors
+    AttendSoftmax* softmax;   // [heads] out
+};
+
+// The chunks of one query head; each array has an element or a row per chunk.
+struct MergeArgs {
+    int64_t chunks;
+    int64_t value_size;
+    const float* parts;      // AttendArgs::out
+    int64_t part_stride;     // elements from chunk to chunk
+    AttendSoftmax* softmax;  // overwritten
+    int64_t softmax_stride;  // elements from chunk to chunk
+    void* out;               // [value_size] in the kernels' dtype
+};
+
 struct Kernels {
     const char* isa;
     int64_t few_rows;    // up to so many rows the few-row kernels are faster
@@ -112,6 +159,10 @@ struct Kernels {
                     void* out);
     // Rows over the root of their mean square, times a weight, see norm_rows.h.
     void (*norm)(const NormArgs&);
+    // A token's attention over one chunk of positions, and the chunks' results put together.
+    void (*attend)(const AttendArgs&);
+    size_t (*attend_scratch_bytes)(int64_t heads, int64_t size);
+    void (*merge_chunks)(const MergeArgs&);
     // A tile's multiply-adds from registers, `rounds` times; how many operations (multiply_roof.h).
     int64_t (*multiply)(int64_t rounds);
 

@@ -19,6 +19,7 @@
 #pragma once
 
 #include "expert_gemm/cpu/activations.h"
+#include "expert_gemm/cpu/attend.h"
 #include "expert_gemm/cpu/dequantise.h"
 #include "expert_gemm/cpu/few_rows.h"
 #include "expert_gemm/cpu/kernels.h"
@@ -374,6 +375,9 @@ Kernels make_kernels(const char* isa) {
     if constexpr (__is_same(typename Op::T, BF16)) k.dequantise = &dequantise<typename Op::L>;
     k.combine = &combine_rows<Op>;
     k.norm = &norm_rows<Op>;
+    k.attend = &attend<FewOp>;
+    k.attend_scratch_bytes = &attend_scratch_bytes<FewOp>;
+    k.merge_chunks = &merge_chunks<FewOp>;
     k.multiply = &Tile::multiply;
     return k;
 }
