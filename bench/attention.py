@@ -1,4 +1,4 @@
-"""A decoded token's attention: the CPU kernel beside torch's, the evidence for `attention.PAYS`.
+"""A decoded token's attention: the CPU kernel beside torch's, to decide `attention.PAYS`.
 
 One token a sequence behind S positions, in four models' shapes. As many layers' keys and values
 are attended to in turn as are far larger than the caches: in a model, they come from memory each
@@ -7,7 +7,7 @@ transformers gives it (`enable_gqa`) and, where heads share keys, the heads of a
 one query. Variants take turns; the roofs are passes over memory in every round, in pages of 2 MiB
 and of 4 KiB. An error against fp64 beyond 1.2 x torch's own ends the run.
 
-    python bench/attention.py                about three minutes
+    python bench/attention.py                some five minutes
     python bench/attention.py --quick        does it run?
     MOE_OFFLOAD_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         ATEN_CPU_CAPABILITY=avx2 python bench/attention.py --output FILE   as an older processor
@@ -116,7 +116,7 @@ def measure(
     return {
         "shape": name,
         "dtype": dtype_name,
-        "isa": _core.cpu_isa(dtype_name),
+        "isa": _core.DenseKernels(dtype_name).isa,
         "batch": batch,
         "positions": positions,
         "key_value_bytes": num_bytes,

@@ -3,9 +3,9 @@
 // Bound by the bytes of keys and values where few heads share them, by arithmetic where many do: a
 // block of positions is read once for all heads and widened to fp32 as it is used, and the next one
 // is on its way meanwhile: a block's values are prefetched between its scores, the next block's
-// keys between its values. (In bursts instead, reading and computing took turns: 8 heads, one Zen 3
-// core, 147 us where the two alone took 60 and 87.) The softmax is online, block by block: maxima
-// so far, and sums of e^(score - max), rescaled when a maximum grows.
+// keys between its values; in bursts instead, reading and computing would take turns. The softmax
+// is online, block by block: maxima so far, and sums of e^(score - max), rescaled when a maximum
+// grows.
 //
 // A score is summed over the head's size and a result over positions in one order, whatever the
 // number of heads, so bits depend on the instruction set, the dtype and the chunk's limits alone.
