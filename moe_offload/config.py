@@ -111,8 +111,8 @@ class OffloadConfig:
             for the device that is built and supports the layer. `stats()` says who it is and why.
         dense_backend: who computes the rest of a transformers model: "native" (linear layers and
             RMSNorms by this package's CPU kernels, decoded tokens' attention too, where that is
-            faster, see `moe_offload.dense`), "torch", or "auto": native on the CPU, unless
-            expert_backend asks for transformers' arithmetic.
+            faster, and KV caches grown in place, see `moe_offload.dense`), "torch", or "auto":
+            native on the CPU, unless expert_backend asks for transformers' arithmetic.
         fill: read experts into the slots at construction: True, False, or "auto" = when all fit.
         io_engine: how files are read: "io_uring", "threads" (a pool of them that call pread), or
             "auto" = io_uring where it was built and the kernel allows it. What was taken, and why

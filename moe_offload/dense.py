@@ -89,9 +89,10 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
 
     Its `nn.Linear` layers go through `linear` (subclasses keep their own arithmetic), its RMSNorm
     layers, where they are recognised, through `norms.rms_norm`, and in a transformers model decoded
-    tokens attend as `huggingface.attention` says. An offloaded model has
-    had this done (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same
-    bits, or to be as fast.
+    tokens attend as `huggingface.attention` says and caches grow in place
+    (`huggingface.growing_cache`). An offloaded model has had this done
+    (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same bits, or to
+    be as fast.
 
     Args:
         model: any module; what the kernels do not take (see `linear`) goes to torch at each call,
@@ -106,8 +107,9 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
     undo = [use_native_norms(model)]
     if hasattr(model, "set_attn_implementation"):
         from moe_offload.huggingface.attention import use_token_attention
+        from moe_offload.huggingface.growing_cache import use_growing_caches
 
-        undo.append(use_token_attention(model))
+        undo += [use_token_attention(model), use_growing_caches(model)]
     return functools.partial(_put_back, swapped, undo)
 
 

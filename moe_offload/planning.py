@@ -150,7 +150,8 @@ class Plan:
         if self.kv_cache_bytes_per_token is not None:
             context = f"; {self.context_length} at most" if self.context_length else ""
             size = format_bytes(self.kv_cache_bytes_per_token)
-            yield "KV cache, in memory", size, f"for each token of a sequence{context}"
+            room = "; on the CPU room for an eighth more, or 64 tokens"  # growing_cache.room_for
+            yield "KV cache, in memory", size, f"for each token of a sequence{context}{room}"
         if self.bytes_per_token is not None:
             count = self.num_layers * (self.experts_per_token or 0)
             what = f"{count} experts; those without a slot come from the source"
