@@ -179,11 +179,16 @@ class Window:
         self._forward(batch, batch.next_tokens, live)
         self._report.decode_steps += 1
         self._report.decode_tokens += int(live.sum())
+        self._report.distinct_experts += self._count_distinct()
+
+    def _count_distinct(self) -> int:
+        """(layer, expert) pairs of the last forward."""
+        num_experts = self._seats.num_experts
+        used = np.zeros((len(num_experts), max(num_experts) + 1), dtype=bool)
         for layer, ids in enumerate(self._seats.chosen):
-            distinct = torch.unique(ids)
-            self._report.distinct_experts += int(
-                (distinct < self._seats.num_experts[layer]).sum().item()
-            )
+            used[layer, ids.cpu().numpy()] = True  # torch.unique takes three times as long
+        used[np.arange(len(used)), num_experts] = False  # nobody's
+        return int(used.sum())
 
     def _forward(self, batch: _Batch, tokens: Tensor, live: Tensor) -> None:
         """Feed tokens [B, T]; updates cache, next tokens and routing history."""

@@ -81,6 +81,35 @@ def test_refine_leaves_what_is_not_worth_moving() -> None:
     assert groups.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("seed", range(1, 6))  # of 0 only one swap is worth it
+def test_refine_makes_the_best_swap_of_all_groups_each_time(seed: int) -> None:
+    """Against trying each pair; four groups, so that most pairs of groups outlive a swap."""
+    rng = np.random.default_rng(seed)
+    probabilities = (rng.random((12, 30)) ** 3 * (rng.random((12, 30)) < 0.6)).astype(np.float32)
+    start = rng.permutation(np.repeat(range(4), 3))
+
+    def cost(candidate: np.ndarray) -> float:
+        return float(expected_distinct(probabilities.astype(float), candidate, 4).sum())
+
+    now, expected = start.copy(), []
+    while len(expected) < 5:
+        tried = {}
+        for i, j in itertools.combinations(range(12), 2):
+            if now[i] != now[j]:
+                other = now.copy()
+                other[i], other[j] = other[j], other[i]
+                tried[(i, j) if now[i] < now[j] else (j, i)] = cost(now) - cost(other)
+        best = max(tried, key=lambda pair: tried[pair])
+        if tried[best] <= 0.05:
+            break
+        now[best[0]], now[best[1]] = now[best[1]], now[best[0]]
+        expected.append(best)
+    groups, swaps = refine(probabilities, start, min_gain=0.05, max_swaps=5)
+    assert swaps == expected
+    assert len(swaps) > 1
+    np.testing.assert_array_equal(groups, now)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_swaps_reach_the_target_up_to_names(seed: int) -> None:
     rng = np.random.default_rng(seed)
