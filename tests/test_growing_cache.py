@@ -309,6 +309,7 @@ def test_only_plain_layers_of_plain_caches_change() -> None:
     assert plain.get_seq_length() == 8
 
 
+@pytest.mark.slow
 def test_a_compiled_model_keeps_its_caches() -> None:
     model = tiny_models.tiny_model("mixtral", implementation="eager")
     undo = use_growing_caches(model)
