@@ -84,7 +84,7 @@ ExpertFfn make_ffn(int64_t hidden, int64_t inner, int64_t num_experts, const std
 
 FfnRun start(const ExpertFfn& ffn, uintptr_t hidden, uintptr_t topk_ids, bool ids_are_int64,
              uintptr_t topk_weights, const std::string& weights_dtype, int64_t num_tokens,
-             int64_t top_k, int num_threads) {
+             int64_t top_k, int num_threads, bool rows_apart) {
     FfnInputs inputs;
     inputs.hidden = reinterpret_cast<const void*>(hidden);
     inputs.topk_ids = reinterpret_cast<const void*>(topk_ids);
@@ -93,7 +93,7 @@ FfnRun start(const ExpertFfn& ffn, uintptr_t hidden, uintptr_t topk_ids, bool id
     inputs.weights_dtype = dtype_named(weights_dtype);
     inputs.num_tokens = num_tokens;
     inputs.top_k = top_k;
-    return FfnRun(ffn.shape, inputs, *ffn.kernels, num_threads);
+    return FfnRun(ffn.shape, inputs, *ffn.kernels, num_threads, rows_apart);
 }
 
 // The kernels of dense layers of one dtype, looked up once: a small layer takes a few microseconds.
@@ -286,5 +286,5 @@ void bind_expert_ffn(py::module_& m) {
              "isa"_a = "auto")
         .def_property_readonly("isa", [](const ExpertFfn& self) { return self.kernels->isa; })
         .def("start", &start, "hidden"_a, "topk_ids"_a, "ids_are_int64"_a, "topk_weights"_a,
-             "weights_dtype"_a, "num_tokens"_a, "top_k"_a, "num_threads"_a);
+             "weights_dtype"_a, "num_tokens"_a, "top_k"_a, "num_threads"_a, "rows_apart"_a = false);
 }

@@ -305,4 +305,5 @@ class ExpertFfn:
         num_tokens: int,
         top_k: int,
         num_threads: int,
+        rows_apart: bool = False,
     ) -> FfnRun: ...

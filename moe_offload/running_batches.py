@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_offload.backends.native import rows_apart
 from moe_offload.errors import UnsupportedModelError
 from moe_offload.grouping import (
     Floats,
@@ -176,7 +177,8 @@ class Window:
         if self._given is not None and self._coming is not None:
             rows = self._coming[[n - self._numbers[0] for n in batch.sequences]]
             self._given.rows = rows * live.cpu().numpy()[..., None]
-        self._forward(batch, batch.next_tokens, live)
+        with rows_apart():  # whoever else is in the batch
+            self._forward(batch, batch.next_tokens, live)
         self._report.decode_steps += 1
         self._report.decode_tokens += int(live.sum())
         self._report.distinct_experts += self._count_distinct()

@@ -9,7 +9,9 @@ length and share one clock, so a sequence's attention is computed on the same sh
 sits; a batch keeps its number of rows until it ends, finished and padding rows reach no expert
 (their ids are replaced by one that means "nobody's"). What is left is that an expert multiplies
 the rows of other neighbours, and a matrix product may round differently when it has few rows than
-when it has many. The tests find the same tokens; a tie within that rounding could still turn.
+when it has many. So while decoding this package's CPU kernels take all rows as few
+(`backends.native.rows_apart`), which makes the logits of both schedules the same bits. With another
+expert backend tokens are the same up to that rounding: a tie within it could turn.
 """
 
 from __future__ import annotations
@@ -108,7 +110,8 @@ def batch_generate(
         min_gain: pages per step an exchange of two sequences must be expected to save.
 
     Returns:
-        A BatchReport. The same tokens for both schedules up to rounding, see the module's text.
+        A BatchReport. The same tokens for both schedules; with expert backends other than "native"
+        up to rounding, see the module's text.
 
     Raises:
         ValueError: no prompts, an empty prompt, batch_size or max_new_tokens below 1, an unknown

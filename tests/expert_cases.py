@@ -89,10 +89,10 @@ class Inputs:
         run.compute_all(layer.weights(self.weights))
         return self.finish(run)
 
-    def start(self, layer: BoundLayer, num_threads: int) -> _core.FfnRun:
+    def start(self, layer: BoundLayer, num_threads: int, rows_apart: bool = False) -> _core.FfnRun:
         return layer.ffn.start(
             *(self.hidden.data_ptr(), self.ids.data_ptr(), True, self.topk.data_ptr(), "float32"),
-            *(*self.ids.shape, num_threads),
+            *(*self.ids.shape, num_threads, rows_apart),
         )
 
     def finish(self, run: _core.FfnRun) -> Tensor:

@@ -5,14 +5,16 @@ the portions, slots, threads and neighbours.
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from expert_cases import GPT_OSS, PATHS, Case, Inputs, check
+from torch import Tensor
 
 from moe_offload import _core, ops
 from moe_offload.activations import ACTIVATIONS, Activation
-from moe_offload.backends.native import DTYPES, BoundLayer, NativeRun
+from moe_offload.backends.native import DTYPES, BoundLayer, NativeRun, rows_apart
 
 EDGE = [
     Case("no-tokens", 0, 2, 4, 32, 16),
@@ -135,6 +137,50 @@ def test_a_tokens_bits_do_not_depend_on_other_tokens_of_few_row_experts() -> Non
             *(inputs.hidden[part], inputs.weights, inputs.ids[part], inputs.topk[part]),
         )
         assert torch.equal(alone.native()[0], together[token])
+
+
+@pytest.mark.parametrize(("isa", "dtype"), PATHS)
+def test_rows_apart_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> None:
+    """Experts with 1, 7, 9, 16 and 61 rows, by parts of eight."""
+    inputs = Inputs.make(Case("", 47, 2, 5, 72, 40, bias=True), dtype)
+    inputs.ids[:, 0] = 0
+    inputs.ids[:14, 0], inputs.ids[:, 1] = 1, 2
+    inputs.ids[:9, 1], inputs.ids[9:16, 1], inputs.ids[16, 1] = 3, 4, 0
+    layer = inputs.layer(isa)
+    weights = layer.weights(inputs.weights)
+    for num_threads in (1, 2):
+        run = inputs.start(layer, num_threads, rows_apart=True)
+        run.compute_all(weights)
+        got = inputs.finish(run)
+        check(inputs, got)
+        for token in range(47):
+            part = slice(token, token + 1)
+            alone = Inputs(
+                Case("", 1, 2, 5, 72, 40, bias=True),
+                *(inputs.hidden[part], inputs.weights, inputs.ids[part], inputs.topk[part]),
+            )
+            assert torch.equal(alone.native(isa)[0], got[token]), f"token {token}"
+    if dtype == torch.float32:  # else rounding hides the order of summation
+        assert not torch.equal(inputs.native(isa), got), "many rows are summed in another order"
+
+
+def test_rows_apart_is_for_calls_within_and_of_this_thread() -> None:
+    inputs = Inputs.make(Case("", 40, 1, 1, 64, 48), torch.float32)
+    layer = inputs.layer()
+
+    def output() -> Tensor:
+        run = layer.start(inputs.hidden, inputs.ids, inputs.topk)
+        run.run.compute_all(layer.weights(inputs.weights))
+        return run.finish()
+
+    many = output()
+    with rows_apart():
+        apart = output()
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(output).result()
+    assert not torch.equal(apart, many)
+    assert torch.equal(elsewhere, many)
+    assert torch.equal(output(), many)
 
 
 def test_ids_that_are_not_ours_contribute_nothing() -> None:

@@ -12,6 +12,7 @@ import moe_offload
 from moe_offload.errors import StateError, UnsupportedModelError
 from moe_offload.huggingface.observe import Observer, observe
 from moe_offload.predictors.base import Predictor
+from moe_offload.running_batches import Window
 from moe_offload.scheduling import batch_generate
 from tests.tiny_models import CONTEXT, NUM_EXPERTS, TOP_K, VOCAB, tiny_model
 
@@ -52,6 +53,36 @@ def test_route_moves_sequences_and_changes_no_token() -> None:
     assert route.sequences_moved > 0
     assert route.kv_moved_bytes > 0
     assert fifo.sequences_moved == fifo.kv_moved_bytes == 0
+
+
+def test_logits_are_the_same_bits_whoever_sits_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 24 on 8 experts, whose rows are now few and now many."""
+    model = tiny_model("qwen3_moe")
+    given = prompts(48, seed=5)
+    logits: list[torch.Tensor] = []
+    seen: dict[int, list[torch.Tensor]] = {}
+    take = Window._take
+
+    def record(self: Window, batch: Any, eos_ids: set[int]) -> None:
+        for row, number in enumerate(batch.sequences):
+            seen.setdefault(number, []).append(logits[-1][row].clone())
+        take(self, batch, eos_ids)
+
+    monkeypatch.setattr(Window, "_take", record)
+    found = {}
+    with moe_offload.offload(model, device_budget="40%"):
+        handle = model.register_forward_hook(lambda m, a, out: logits.append(out.logits[:, -1]))
+        for schedule in ("fifo", "route"):
+            report = batch_generate(
+                model, given, 24, schedule, max_new_tokens=6, num_running=2, min_gain=0.01
+            )
+            found[schedule] = dict(seen)
+            seen.clear()
+        handle.remove()
+    assert report.sequences_moved > 0
+    for number, rows in found["fifo"].items():
+        for step, (a, b) in enumerate(zip(rows, found["route"][number], strict=True)):
+            assert torch.equal(a, b), f"sequence {number}, token {step}"
 
 
 def test_an_oracle_of_paths_brings_like_sequences_together() -> None:

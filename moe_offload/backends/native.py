@@ -9,7 +9,9 @@ Quantised pages are computed in bfloat16, with the bits of the same pages dequan
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +38,25 @@ _FLOATS = tuple(DTYPES)
 def dense_kernels(dtype: torch.dtype) -> _core.DenseKernels:
     """This machine's kernels for a model's other layers; for a dtype of `DTYPES`."""
     return _core.DenseKernels(DTYPES[dtype])
+
+
+_rows_apart = ContextVar("rows_apart", default=False)
+
+
+@contextmanager
+def rows_apart() -> Iterator[None]:
+    """Within, a row's bits do not depend on how many other rows chose its expert.
+
+    Calls of this thread only. Few and many rows of an expert are summed in different orders, so
+    sequences that change places between batches (`batch_generate`) would differ in the last bits.
+    Here all rows are computed as few, eight at a time, each eight reading the weights again: for
+    calls of about as many tokens as there are experts that is hardly ever more than once.
+    """
+    token = _rows_apart.set(True)
+    try:
+        yield
+    finally:
+        _rows_apart.reset(token)
 
 
 class Native:
@@ -242,6 +263,7 @@ class NativeRun:
             num_tokens,
             top_k,
             torch.get_num_threads(),
+            _rows_apart.get(),
         )
         self.experts = self.run.experts
 

@@ -92,11 +92,12 @@ float weight_at(const FfnInputs& inputs, int64_t i) {
 }  // namespace
 
 FfnRun::FfnRun(const FfnShape& shape, const FfnInputs& inputs, const Kernels& kernels,
-               int num_threads)
+               int num_threads, bool rows_apart)
     : shape_(shape),
       inputs_(inputs),
       kernels_(kernels),
       num_threads_(num_threads),
+      rows_apart_(rows_apart),
       num_rows_(inputs.num_tokens * inputs.top_k) {
     if (num_rows_ > INT32_MAX)
         throw std::invalid_argument("FfnRun: expected fewer than 2^31 routes, got " +
@@ -206,10 +207,9 @@ std::vector<FfnRun::Stage> FfnRun::divide(
     for (const auto& [index, slot] : ready) {
         const auto i = static_cast<size_t>(index);
         const int64_t rows = offsets_[i + 1] - offsets_[i], block = kernels_.block_rows;
-        const bool few = rows <= kernels_.few_rows;
-        const int64_t parts = few ? 1 : (rows + kPartRows - 1) / kPartRows;
-        const int64_t part_rows =
-            few ? rows : ((rows + parts - 1) / parts + block - 1) / block * block;
+        const bool few = rows_apart_ || rows <= kernels_.few_rows;
+        const int64_t most = few ? kernels_.few_rows : kPartRows, parts = (rows + most - 1) / most;
+        const int64_t part_rows = few ? most : whole_steps((rows + parts - 1) / parts, block);
         for (int64_t begin = 0; begin < rows; begin += part_rows) {
             const int64_t count = std::min(part_rows, rows - begin);
             const size_t x = line(kernels_.packed_bytes(count, few, shape_.hidden));

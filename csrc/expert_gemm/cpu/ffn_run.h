@@ -11,8 +11,10 @@
 //
 // Whether an expert's rows are few is decided by all of them, each element has an order of its own
 // (kernels.h), and rows meet only in finish(): so the output does not depend on portions, slots,
-// arrival or the number of threads, bit for bit. Inputs must stay valid until finish() returns. One
-// thread at a time uses a run.
+// arrival or the number of threads, bit for bit. With `rows_apart` an expert's rows are always
+// taken as few, a handful at a time: a row's bits then do not depend on how many others chose its
+// expert either, and weights are read once for each handful. Inputs must stay valid until finish()
+// returns. One thread at a time uses a run.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +30,8 @@ namespace moe_offload {
 
 class FfnRun {
   public:
-    FfnRun(const FfnShape& shape, const FfnInputs& inputs, const Kernels& kernels, int num_threads);
+    FfnRun(const FfnShape& shape, const FfnInputs& inputs, const Kernels& kernels, int num_threads,
+           bool rows_apart = false);
 
     // Distinct experts with rows, ascending; ids outside [0, E) are left out.
     const std::vector<int32_t>& experts() const { return experts_; }
@@ -40,7 +43,7 @@ class FfnRun {
     struct Group {  // an expert's rows, or a part of them
         int64_t first, rows;
         int64_t slot;
-        bool few;     // its expert has few rows
+        bool few;     // taken as few rows
         size_t x, h;  // where its packed rows begin, bytes
     };
     struct Stage {  // groups that go from phase to phase together
@@ -81,6 +84,7 @@ class FfnRun {
     FfnInputs inputs_;
     const Kernels& kernels_;
     int num_threads_;
+    bool rows_apart_;
     int64_t num_rows_ = 0;  // R = T * A
 
     std::vector<int32_t> experts_;
