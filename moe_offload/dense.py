@@ -22,10 +22,12 @@ from moe_offload.backends.native import DTYPES, dense_kernels
 from moe_offload.norms import use_native_norms
 
 # Rows for which the kernels were faster than torch on all of bench/linear.py's shapes, per
-# instruction set: first and last. Many rows of float32 and of AVX2 (forced on Zen 4, torch as well)
-# are from scratch runs of that benchmark up to 512 rows, float32 on AVX-512 up to 1024; its errors
-# there are 0.5 to 1.7 x torch's. AMX computes few rows as AVX-512-BF16 does; nothing is measured
-# there.
+# instruction set: first and last. Rows of 16 bits on AVX2 are from two Zen 3 cores, scratch runs up
+# to 4 rows (one row 1.2 x torch in bfloat16, 1.3 x in float16, 2 and 4 rows 1.6 to 4 x) and the
+# prompts of bench/end_to_end.py. Many rows of float32 and the other ends of AVX2 (forced on Zen 4,
+# torch as well) are from scratch runs of that benchmark up to 512 rows, float32 on AVX-512 up to
+# 1024; its errors there are 0.5 to 1.7 x torch's. AMX computes few rows as AVX-512-BF16 does;
+# nothing is measured there.
 _ALL = 1 << 62
 PAYS: dict[tuple[str, torch.dtype], tuple[int, int]] = {
     ("avx512_bf16", torch.bfloat16): (1, 128),
