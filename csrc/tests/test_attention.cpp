@@ -137,11 +137,11 @@ void sixteen_lanes_attend() {
 
 void no_sequences_are_no_work() {
     const Inputs in({Dtype::kF32, 0, 2, 1, 4, 8, 8});
-    CHECK(in.run(*best_kernels(Dtype::kF32), false, 2).empty());
+    CHECK(in.run(*kernels_for(Isa::kPlain, Dtype::kF32), false, 2).empty());
 }
 
 void several_callers_do_not_meet() {
-    const Kernels& kernels = *best_kernels(Dtype::kBF16);
+    const Kernels& kernels = *kernels_for(Isa::kPlain, Dtype::kBF16);
     const Inputs in({Dtype::kBF16, 2, 8, 4, 700, 64, 64});
     const auto want = in.run(kernels, true, 1);
     std::vector<std::thread> callers;
