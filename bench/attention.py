@@ -8,7 +8,7 @@ one query. Variants take turns; the roofs are passes over memory in every round,
 and of 4 KiB. In 16 bits a root mean square error against fp64 beyond 1.2 x torch's own ends the
 run; in float32, where it is the order of summation alone, it is a column.
 
-    python bench/attention.py                some five minutes
+    python bench/attention.py --dtype bfloat16   a minute; all dtypes without it
     python bench/attention.py --quick        does it run?
     MOE_OFFLOAD_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         ATEN_CPU_CAPABILITY=avx2 python bench/attention.py --output FILE   as an older processor

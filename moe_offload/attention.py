@@ -17,9 +17,9 @@ from torch import Tensor
 
 from moe_offload.backends.native import DTYPES, dense_kernels
 
-# Bytes of keys and values from which on the kernel was faster than torch's fastest way: 1.03 to
-# 7.6 x on bench/attention.py's shapes, one sequence, 64 to 2048 positions (two Zen 3 cores, scratch
-# runs). Where nothing is measured, AVX-512, AMX and other dtypes, torch keeps it.
+# Bytes of keys and values from which on the kernel was faster than torch's fastest way: 0.99 to
+# 8.2 x on bench/attention.py's shapes but for two cells of 56 (two Zen 3 cores, attention.json).
+# Where nothing is measured, AVX-512, AMX and other dtypes, torch keeps it.
 PAYS: dict[tuple[str, torch.dtype], int] = {
     ("avx2", torch.bfloat16): 128 << 10,
 }
