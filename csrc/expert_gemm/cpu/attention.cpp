@@ -6,20 +6,20 @@
 #include <vector>
 
 #include "expert_gemm/cpu/buffers.h"
+#include "expert_gemm/cpu/sharing.h"
 #include "expert_gemm/cpu/thread_pool.h"
 
 namespace moe_offload {
 namespace {
 
-constexpr int64_t kWorthSharing = 256 << 10;  // bytes, as in linear.cpp
-constexpr int64_t kChunkStep = 64;            // whole blocks (attend.h), but for the last
+constexpr int64_t kChunkStep = 64;  // whole blocks (attend.h), but for the last
 
 // Positions of a chunk: as even as possible, so that neither a lone head's chunks nor the last ones
 // of many leave a thread without work.
 int64_t chunk_positions(int64_t positions) {
     const int64_t chunks = (positions + kAttendChunk - 1) / kAttendChunk;
     const int64_t even = (positions + chunks - 1) / chunks;
-    return (even + kChunkStep - 1) / kChunkStep * kChunkStep;
+    return whole_steps(even, kChunkStep);
 }
 
 }  // namespace
