@@ -1,12 +1,12 @@
 """A model's RMSNorm layers as one native call each.
 
 Written in PyTorch, as transformers' models do, the norm of one token is eight operations of a few
-thousand numbers: some 80 to 120 us on two Zen 3 cores, up to four times a layer. Native it is one
+thousand numbers: some 50 to 100 us on two Zen 3 cores, up to four times a layer. Native it is one
 call.
 
-Which class computes what is read from its source: the `forward` of 61 RMSNorm classes among
-transformers 5.17's MoE models is one of the three texts below, and what is no such text keeps its
-own. As with linear layers (dense.py) only the class of a module is swapped.
+Which class computes what is read from its source: the `forward` of some sixty RMSNorm classes
+among transformers 5.17's MoE models is one of the three texts below, and what is no such text keeps
+its own. As with linear layers (dense.py) only the class of a module is swapped.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class _NativeNorm:
     weight_offset: ClassVar[float]
     rounds_before_weight: ClassVar[bool]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())  # models name it differently
         module: Any = self
         weight = module.weight
         if (

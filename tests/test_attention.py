@@ -265,7 +265,7 @@ def test_what_the_kernel_does_not_take() -> None:
 
 
 def test_a_forced_instruction_set_is_used() -> None:
-    code = "from moe_offload import attention; import torch; print(attention._pays(torch.float32))"
+    code = "from moe_offload import attention; import torch; print(attention._pays(torch.bfloat16))"
     environment = {**os.environ, "MOE_OFFLOAD_CPU_ISA": "plain"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

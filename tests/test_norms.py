@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -123,6 +124,8 @@ def test_transformers_norms_are_recognised_and_put_back() -> None:
         assert repr(model) == text
         with torch.no_grad():
             got = model[0](x)
+            (name,) = list(inspect.signature(norm.forward).parameters)[1:]
+            assert torch.equal(model[0](**{name: x}), got)
         expected = rms_norm(
             *(x, model[0].weight.detach(), EPSILON),
             weight_offset=offset,
