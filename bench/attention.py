@@ -1,4 +1,4 @@
-"""A decoded token's attention: the CPU kernel beside torch's, to decide `attention.PAYS`.
+"""A decoded token's attention: the CPU kernel beside torch's, to decide `attention.PAYS_ON`.
 
 One token a sequence behind S positions, in four models' shapes. As many layers' keys and values
 are attended to in turn as are far larger than the caches: in a model, they come from memory each

@@ -106,8 +106,8 @@ void check_case(const Kernels& kernels, const Inputs& in, bool masked) {
 
 void instruction_sets_attend() {
     for (const Dtype dtype : {Dtype::kF32, Dtype::kBF16, Dtype::kF16})
-        // those that have been run somewhere; nothing chooses the others (moe_offload/attention.py)
-        for (const Isa isa : {Isa::kPlain, Isa::kAvx2, Isa::kAmxEmulated}) {
+        for (const Isa isa : {Isa::kPlain, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx,
+                              Isa::kAmxEmulated}) {
             const Kernels* kernels = kernels_for(isa, dtype);
             if (!kernels) continue;
             for (const Case& c :
