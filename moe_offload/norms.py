@@ -11,10 +11,7 @@ its own. As with linear layers (dense.py) only the class of a module is swapped.
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload.backends.native import DTYPES, dense_kernels
+from moe_offload.source_text import statements
 
 
 def rms_norm(
@@ -181,7 +179,9 @@ def _native_class(norm: type) -> type | None:
     if not issubclass(norm, nn.Module) or "Norm" not in norm.__name__:
         return None
     for texts, epsilon_name, rounds_before_weight, weight_offset in _FORMS:
-        if all(_text(getattr(norm, name, None)) == text.strip() for name, text in texts.items()):
+        if all(
+            statements(getattr(norm, name, None)) == text.strip() for name, text in texts.items()
+        ):
             attributes = {
                 "own": norm,
                 "epsilon_name": epsilon_name,
@@ -192,20 +192,3 @@ def _native_class(norm: type) -> type | None:
             }
             return type(f"Native{norm.__name__}", (_NativeNorm, norm), attributes)
     return None
-
-
-def _text(method: Any) -> str | None:
-    """A method's statements without comments and docstring, if it takes one argument."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, TypeError, SyntaxError):  # none, or no source
-        return None
-    function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
-        return None
-    if len(function.args.args) != 2 or function.args.vararg or function.args.kwonlyargs:
-        return None
-    body = function.body
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        body = body[1:]
-    return "\n".join(map(ast.unparse, body))
