@@ -4,12 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <array>
+#include <cstring>
 #include <tuple>
 
 #include "expert_gemm/cpu/attention.h"
 #include "expert_gemm/cpu/ffn_run.h"
 #include "expert_gemm/cpu/linear.h"
 #include "expert_gemm/cpu/multiply_roof.h"
+#include "expert_gemm/cpu/projections.h"
 #include "expert_gemm/cpu/rms_norm.h"
 #include "expert_gemm/route_sort.h"
 
@@ -108,15 +110,48 @@ DenseKernels make_dense(const std::string& dtype, const std::string& isa) {
 
 void multiply(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t in, int64_t out,
               uintptr_t weight, int64_t row_stride, uintptr_t bias, uintptr_t y, int num_threads) {
-    const LinearArgs args{reinterpret_cast<const void*>(x),
-                          rows,
-                          in,
-                          out,
-                          reinterpret_cast<const std::byte*>(weight),
-                          row_stride,
-                          reinterpret_cast<const std::byte*>(bias),
-                          reinterpret_cast<void*>(y)};
-    linear(args, self.dtype, *self.kernels, num_threads);
+    const LinearOutput output{out, reinterpret_cast<const std::byte*>(weight), row_stride,
+                              reinterpret_cast<const std::byte*>(bias), reinterpret_cast<void*>(y)};
+    linear({reinterpret_cast<const void*>(x), rows, in}, {&output, 1}, self.dtype, *self.kernels,
+           num_threads);
+}
+
+// address of a weight, bytes from row to row, address of the bias or 0, features, address of y
+using Projection = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t>;
+// address of a weight, its size, epsilon, offset, rounds before the weight
+using Norm = std::tuple<uintptr_t, int64_t, float, float, bool>;
+
+LinearOutput output_of(const Projection& projection) {
+    const auto& [weight, row_stride, bias, out, y] = projection;
+    return {out, reinterpret_cast<const std::byte*>(weight), row_stride,
+            reinterpret_cast<const std::byte*>(bias), reinterpret_cast<void*>(y)};
+}
+
+std::optional<ProjectionNorm> norm_of(const std::optional<Norm>& norm) {
+    if (!norm) return std::nullopt;
+    const auto& [weight, size, epsilon, offset, rounds] = *norm;
+    return ProjectionNorm{reinterpret_cast<const std::byte*>(weight), size, epsilon, offset,
+                          rounds};
+}
+
+void project_at(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t in,
+                const Projection& query, const Projection& key, const Projection& value,
+                int64_t size, const std::optional<Norm>& query_norm,
+                const std::optional<Norm>& key_norm,
+                const std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>& angles, int num_threads) {
+    const auto& [cos, sin, angle_stride, rotated] = angles;
+    project({{reinterpret_cast<const void*>(x), rows, in},
+             output_of(query),
+             output_of(key),
+             output_of(value),
+             size,
+             norm_of(query_norm),
+             norm_of(key_norm),
+             reinterpret_cast<const std::byte*>(cos),
+             reinterpret_cast<const std::byte*>(sin),
+             angle_stride,
+             rotated},
+            self.dtype, *self.kernels, num_threads);
 }
 
 void normalise(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t size, uintptr_t weight,
@@ -168,6 +203,18 @@ void attend(const DenseKernels& self, uintptr_t q, uintptr_t keys, uintptr_t val
     attention(a, self.dtype, *self.kernels, num_threads);
 }
 
+// shape: sequences, heads, bytes of a head's new tokens
+void copy_rows(uintptr_t from, uintptr_t to, const std::array<int64_t, 3>& shape,
+               const std::array<int64_t, 2>& strides) {
+    const auto [batch, heads, nbytes] = shape;
+    const auto* source = reinterpret_cast<const std::byte*>(from);
+    auto* target = reinterpret_cast<std::byte*>(to);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t h = 0; h < heads; ++h, source += nbytes)
+            std::memcpy(target + b * strides[0] + h * strides[1], source,
+                        static_cast<size_t>(nbytes));
+}
+
 void sort_routes_at(uintptr_t ids, bool ids_are_int64, int32_t num_routes, int32_t num_experts,
                     const std::array<uintptr_t, 5>& maps) {
     const auto at = [&maps](size_t i) { return reinterpret_cast<int32_t*>(maps[i]); };
@@ -184,6 +231,11 @@ void bind_expert_ffn(py::module_& m) {
     m.def("sort_routes", &sort_routes_at, py::kw_only(), "ids"_a, "ids_are_int64"_a, "num_routes"_a,
           "num_experts"_a, "maps"_a, ReleaseGil(),
           "Sorts routes by expert into int32 maps, in the order of RouteMaps (route_sort.h).");
+
+    m.def("copy_rows", &copy_rows, "from_address"_a, "to_address"_a, "shape"_a, "strides"_a,
+          ReleaseGil(),
+          "Copies [B, heads] rows that lie without gaps to rows `strides` bytes apart (to the next "
+          "sequence, to the next head). shape: B, heads, bytes of a row.");
 
     m.def(
         "cpu_isas",
@@ -216,6 +268,14 @@ void bind_expert_ffn(py::module_& m) {
              "row_stride"_a, "bias"_a, "y"_a, "num_threads"_a, ReleaseGil(),
              "y [rows, out] = x [rows, in] weight^T + bias, addresses of contiguous rows of the "
              "dtype; row_stride: bytes from row to row of the weight; bias 0: none.")
+        .def("project", &project_at, "x"_a, "rows"_a, "in_features"_a, "query"_a, "key"_a,
+             "value"_a, "size"_a, "query_norm"_a, "key_norm"_a, "angles"_a, "num_threads"_a,
+             ReleaseGil(),
+             "Queries, keys and values of x [rows, in], queries and keys normed and rotated. Each: "
+             "(weight, bytes from row to row, bias or 0, features, y [rows, features]); size: of a "
+             "head; norms: None or (weight, what is normed together, epsilon, weight_offset, "
+             "rounds_before_weight); angles: (cos, sin, bytes from row to row of both, elements "
+             "rotated at the front of a head).")
         .def("rms_norm", &normalise, "x"_a, "rows"_a, "size"_a, "weight"_a, "epsilon"_a,
              "weight_offset"_a, "rounds_before_weight"_a, "y"_a, "num_threads"_a, ReleaseGil(),
              "y [rows, size] = x / sqrt(mean(x^2) + epsilon), perhaps rounded to the dtype, times "

@@ -208,8 +208,16 @@ View = tuple[int, int, int, int]
 def sort_routes(
     *, ids: int, ids_are_int64: bool, num_routes: int, num_experts: int, maps: list[int]
 ) -> None: ...
+def copy_rows(
+    from_address: int, to_address: int, shape: tuple[int, int, int], strides: tuple[int, int]
+) -> None: ...
 def cpu_isas(dtype: str) -> list[str]: ...
 def multiply_roof(dtype: str, seconds: float, isa: str = "auto") -> tuple[int, float]: ...
+
+# address of a weight, bytes from row to row, address of the bias or 0, features, address of y
+_Projection = tuple[int, int, int, int, int]
+# address of a weight, its size, epsilon, weight_offset, rounds_before_weight
+_Norm = tuple[int, int, float, float, bool]
 
 class DenseKernels:
     def __init__(self, dtype: str, isa: str = "auto") -> None: ...
@@ -225,6 +233,20 @@ class DenseKernels:
         row_stride: int,
         bias: int,
         y: int,
+        num_threads: int,
+    ) -> None: ...
+    def project(
+        self,
+        x: int,
+        rows: int,
+        in_features: int,
+        query: _Projection,
+        key: _Projection,
+        value: _Projection,
+        size: int,
+        query_norm: _Norm | None,
+        key_norm: _Norm | None,
+        angles: tuple[int, int, int, int],
         num_threads: int,
     ) -> None: ...
     def rms_norm(

@@ -57,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Cost: N K weight elements read once (for each 480 rows), 2 N K floating-point operations a row.
     """
-    if not _takes(x, weight, bias):
+    if not takes(x, weight, bias):
         return F.linear(x, weight, bias)
     num_out, num_in = weight.shape
     x = x.contiguous()
@@ -109,9 +109,14 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
     undo = [use_native_norms(model)]
     if hasattr(model, "set_attn_implementation"):
         from moe_offload.huggingface.attention import use_token_attention
+        from moe_offload.huggingface.attention_layers import use_token_projections
         from moe_offload.huggingface.growing_cache import use_growing_caches
 
-        undo += [use_token_attention(model), use_growing_caches(model)]
+        undo += [
+            use_token_attention(model),
+            use_growing_caches(model),
+            use_token_projections(model),
+        ]
     return functools.partial(_put_back, swapped, undo)
 
 
@@ -122,7 +127,7 @@ def _put_back(swapped: list[nn.Linear], undo: list[Callable[[], None]]) -> None:
         put_back()
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Do the kernels compute this, and faster?"""
     if torch.compiler.is_compiling() or type(x) is not Tensor or type(weight) not in _PLAIN:
         return False

@@ -92,11 +92,11 @@ def use_native_norms(model: nn.Module) -> Callable[[], None]:
 
 def _put_back(swapped: list[nn.Module]) -> None:
     for module in swapped:
-        if isinstance(module, _NativeNorm):
+        if isinstance(module, NativeNorm):
             module.__class__ = module.own
 
 
-class _NativeNorm:
+class NativeNorm:
     """In front of a model's own norm class, by `_native_class`."""
 
     own: ClassVar[type]
@@ -190,5 +190,5 @@ def _native_class(norm: type) -> type | None:
                 "__module__": norm.__module__,
                 "__doc__": norm.__doc__,
             }
-            return type(f"Native{norm.__name__}", (_NativeNorm, norm), attributes)
+            return type(f"Native{norm.__name__}", (NativeNorm, norm), attributes)
     return None

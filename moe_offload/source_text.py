@@ -12,18 +12,23 @@ import textwrap
 from typing import Any
 
 
-def statements(function: Any, num_arguments: int | None = 2) -> str | None:
+def statements(
+    function: Any, num_arguments: int | None = 2, decorator: str | None = None
+) -> str | None:
     """The statements of a function or method, as `ast.unparse` writes them.
 
     Comments and the docstring are left out. None where there is no source, or where the function is
-    decorated or takes something else than `num_arguments` positional arguments (None: any).
+    decorated (by another call than of `decorator`) or takes something else than `num_arguments`
+    positional arguments (None: any).
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # none, or no source
         return None
     node = tree.body[0]
-    if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    if any(ast.unparse(d).partition("(")[0] != decorator for d in node.decorator_list):
         return None
     taken = node.args
     if num_arguments is not None and (

@@ -26,9 +26,9 @@ std::vector<std::byte> run(const Kernels& kernels, Dtype dtype, int64_t rows, in
                            int threads) {
     const auto item = static_cast<int64_t>(item_size(dtype));
     std::vector<std::byte> y(static_cast<size_t>(rows * out * item), std::byte{0xff});  // NaN
-    linear({x.bytes.data(), rows, in, out, w.bytes.data(), in * item,
-            bias ? bias->bytes.data() : nullptr, y.data()},
-           dtype, kernels, threads);
+    const LinearOutput output{out, w.bytes.data(), in * item, bias ? bias->bytes.data() : nullptr,
+                              y.data()};
+    linear({x.bytes.data(), rows, in}, {&output, 1}, dtype, kernels, threads);
     return y;
 }
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from moe_offload import _core
+
 
 def room_for(length: int) -> int:
     """Free positions behind `length` tokens when a buffer is made.
@@ -75,8 +77,8 @@ class GrowingLayer(DynamicLayer):
                 room = _Room(length, length + room_for(length))
                 keys = _moved(self.keys, room)
                 values = _moved(self.values, room)
-            keys[:, :, past:] = key_states
-            values[:, :, past:] = value_states
+            _append(keys, past, key_states)
+            _append(values, past, value_states)
             self.keys, self.values, self._room = keys, values, room
         self._last = (weakref.ref(self.keys), weakref.ref(self.values))
         return self.keys, self.values
@@ -135,6 +137,23 @@ def _longer(view: Tensor, length: int) -> Tensor:
     """The first `length` positions of the buffer that `view` shows the first ones of."""
     batch, heads, _, size = view.shape
     return view.as_strided((batch, heads, length, size), view.stride(), 0)
+
+
+def _append(view: Tensor, past: int, new: Tensor) -> None:
+    """Write new tokens [B, heads, T, size] behind the first `past` positions of a view."""
+    if not new.is_contiguous():
+        view[:, :, past:] = new
+        return
+    # As one native call: of single tokens, PyTorch's two take longer than all that is copied.
+    batch, heads, length, size = new.shape
+    item = new.element_size()
+    to_sequence, to_head, to_token, _ = (stride * item for stride in view.stride())
+    _core.copy_rows(
+        new.data_ptr(),
+        view.data_ptr() + past * to_token,
+        (batch, heads, length * size * item),
+        (to_sequence, to_head),
+    )
 
 
 def _moved(cached: Tensor, room: _Room) -> Tensor:
