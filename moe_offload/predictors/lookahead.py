@@ -101,6 +101,11 @@ class OwnLookahead(GateLookahead):
         super().__init__()
         self.depth = 0
 
+    def layer_routed(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Predictions:
+        predictions = super().layer_routed(layer, topk_ids, topk_weights)
+        self._probes[layer].stop_watching()  # two hooks less for each layer of each token
+        return predictions
+
     def layer_input_known(self, layer: int, hidden: Tensor) -> Predictions:
         probe = self._probes[layer]
         if not (probe.ready and self.wanted and self._top_k):

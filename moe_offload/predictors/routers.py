@@ -211,6 +211,18 @@ class RouterProbe:
         """Let go of the activations; for a long prompt they are large."""
         self._input = self._residual = None
 
+    def stop_watching(self) -> None:
+        """From now on `state` is (None, False): for who asks about other states than the model's.
+
+        Once the first call has settled everything, and unless the router is given more than its
+        input, which is known from the latest call.
+        """
+        settled = self.ready or self.refused is not None
+        if settled and not self._args and not self._kwargs:
+            self.close()
+            self._handles.clear()
+            self.forget()
+
     def close(self) -> None:
         for handle in [*self._handles, *self._norm_handles]:
             handle.remove()
