@@ -91,8 +91,8 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
 
     Its `nn.Linear` layers go through `linear` (subclasses keep their own arithmetic), its RMSNorm
     layers, where they are recognised, through `norms.rms_norm`, and in a transformers model decoded
-    tokens attend as `huggingface.attention` says and caches grow in place
-    (`huggingface.growing_cache`). An offloaded model has had this done
+    tokens attend as `huggingface.attention` and `huggingface.attention_layers` say and caches grow
+    in place (`huggingface.growing_cache`). An offloaded model has had this done
     (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same bits, or to
     be as fast.
 

@@ -7,7 +7,7 @@ every operation finds its code and its data gone: 0.6 of the 2 ms that such a la
 (two Zen 4 cores). `csrc/expert_gemm/cpu/projections.h` does what stands before the cache in one
 call; the bits are those of the same steps one by one.
 
-Which class computes what is read from its source, as with norms (norms.py): 20 attention classes of
+Which class computes what is read from its source, as with norms (norms.py): 19 attention classes of
 transformers 5.17's MoE models are one of the texts below. Prompts, gradients, hooks on the
 projections and whatever else is not the plain case go to the class's own forward.
 """
