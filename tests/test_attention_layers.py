@@ -184,6 +184,12 @@ def test_what_goes_to_the_class_itself(projected: list[str]) -> None:
             assert len(seen) == 2, "prompt and token"
             projected.clear()
             seen.clear()
+        layer.v_proj.forward = lambda x: seen.append(x) or nn.Linear.forward(layer.v_proj, x)
+        forward_once(model)
+        del layer.v_proj.forward
+        assert len(projected) == 1, "somebody's own forward"
+        assert len(seen) == 2
+        projected.clear()
         weight = layer.k_norm.weight.data
         layer.k_norm.weight.data = weight.repeat_interleave(2)[::2]
         forward_once(model)

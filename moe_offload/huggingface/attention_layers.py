@@ -174,7 +174,7 @@ def _plain_layers(module: Any, hidden: Tensor) -> list[_Layer] | None:
     layers: list[_Layer] = []
     for name, norm_name in (("q_proj", "q_norm"), ("k_proj", "k_norm"), ("v_proj", "")):
         layer = modules[name]
-        if type(layer) is not NativeLinear or layer._forward_hooks or layer._forward_pre_hooks:
+        if type(layer) is not NativeLinear or _is_watched(layer):
             return None
         parameters: dict[str, Any] = layer._parameters  # of NativeLinear: there, bias perhaps None
         weight, bias = parameters["weight"], parameters["bias"]
@@ -185,8 +185,7 @@ def _plain_layers(module: Any, hidden: Tensor) -> list[_Layer] | None:
             layers.append((weight, bias, None, None))
             continue
         norm = modules[norm_name]
-        is_native = isinstance(norm, NativeNorm)
-        if not is_native or norm._forward_hooks or norm._forward_pre_hooks:
+        if not isinstance(norm, NativeNorm) or _is_watched(norm):
             return None
         norm_weight = norm._parameters["weight"]
         if (
@@ -199,6 +198,11 @@ def _plain_layers(module: Any, hidden: Tensor) -> list[_Layer] | None:
             return None
         layers.append((weight, bias, norm_weight, norm))
     return layers
+
+
+def _is_watched(module: Any) -> bool:
+    """Does somebody hook into this module's call, or replace it (accelerate does)?"""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _angles_fit(angles: tuple[Tensor, Tensor], hidden: Tensor, module: Any) -> bool:
