@@ -103,6 +103,7 @@ class NativeNorm:
     epsilon_name: ClassVar[str]
     weight_offset: ClassVar[float]
     rounds_before_weight: ClassVar[bool]
+    weight: Tensor
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())  # models name it differently

@@ -187,7 +187,7 @@ def _plain_layers(module: Any, hidden: Tensor) -> list[_Layer] | None:
         norm = modules[norm_name]
         if not isinstance(norm, NativeNorm) or _is_watched(norm):
             return None
-        norm_weight = norm._parameters["weight"]
+        norm_weight = norm.weight
         if (
             norm_weight.shape != (size if normed == "heads" else features,)
             or norm_weight.dtype != hidden.dtype
