@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload.backends.native import DTYPES, dense_kernels
+from moe_offload.class_swap import StandIn, stand_in, swap_classes
 from moe_offload.source_text import statements
 
 
@@ -80,26 +81,12 @@ def _rms_norm(
 
 def use_native_norms(model: nn.Module) -> Callable[[], None]:
     """Let RMSNorm layers that are recognised be computed here; returns what takes that back."""
-    swapped = []
-    for module in model.modules():
-        norm: Any = type(module)
-        native = _native_class(norm)
-        if native is not None:
-            swapped.append(module)
-            module.__class__ = native
-    return functools.partial(_put_back, swapped)
+    return swap_classes(model, _native_class)
 
 
-def _put_back(swapped: list[nn.Module]) -> None:
-    for module in swapped:
-        if isinstance(module, NativeNorm):
-            module.__class__ = module.own
-
-
-class NativeNorm:
+class NativeNorm(StandIn):
     """In front of a model's own norm class, by `_native_class`."""
 
-    own: ClassVar[type]
     epsilon_name: ClassVar[str]
     weight_offset: ClassVar[float]
     rounds_before_weight: ClassVar[bool]
@@ -119,17 +106,6 @@ class NativeNorm:
             return own
         epsilon = getattr(module, self.epsilon_name)
         return _rms_norm(x, weight, epsilon, self.weight_offset, self.rounds_before_weight)
-
-    def _get_name(self) -> str:  # for repr
-        return self.own.__name__
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # copies and pickles find the class by its own
-        return _made_anew, (self.own,), vars(self)
-
-
-def _made_anew(norm: Any) -> Any:
-    native: Any = _native_class(norm) or norm
-    return native.__new__(native)
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -183,13 +159,10 @@ def _native_class(norm: type) -> type | None:
         if all(
             statements(getattr(norm, name, None)) == text.strip() for name, text in texts.items()
         ):
-            attributes = {
-                "own": norm,
-                "epsilon_name": epsilon_name,
-                "rounds_before_weight": rounds_before_weight,
-                "weight_offset": weight_offset,
-                "__module__": norm.__module__,
-                "__doc__": norm.__doc__,
-            }
-            return type(f"Native{norm.__name__}", (NativeNorm, norm), attributes)
+            return stand_in(
+                *(NativeNorm, norm, _native_class),
+                epsilon_name=epsilon_name,
+                rounds_before_weight=rounds_before_weight,
+                weight_offset=weight_offset,
+            )
     return None
