@@ -13,6 +13,7 @@
 #include "expert_gemm/cpu/multiply_roof.h"
 #include "expert_gemm/cpu/projections.h"
 #include "expert_gemm/cpu/rms_norm.h"
+#include "expert_gemm/cpu/router.h"
 #include "expert_gemm/route_sort.h"
 
 namespace py = pybind11;
@@ -169,6 +170,33 @@ void normalise(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t size
     rms_norm(args, self.dtype, *self.kernels, num_threads);
 }
 
+RouterScore score_named(const std::string& name) {
+    static constexpr const char* kNames[] = {"softmax", "softmax_topk", "sigmoid"};
+    for (int32_t i = 0; i < 3; ++i)
+        if (name == kNames[i]) return static_cast<RouterScore>(i);
+    throw std::invalid_argument("route: expected softmax, softmax_topk or sigmoid, got " + name);
+}
+
+void route_tokens(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t hidden,
+                  int64_t experts, uintptr_t weight, uintptr_t bias, uintptr_t correction,
+                  const RouterRule& rule, uintptr_t logits, uintptr_t weights, uintptr_t ids,
+                  int num_threads) {
+    if (!rule.fits(experts) || hidden < 1)
+        throw std::invalid_argument("route: this rule does not fit " + std::to_string(experts) +
+                                    " experts");
+    const RouterArgs args{reinterpret_cast<const void*>(x),
+                          rows,
+                          hidden,
+                          experts,
+                          reinterpret_cast<const std::byte*>(weight),
+                          reinterpret_cast<const std::byte*>(bias),
+                          reinterpret_cast<const float*>(correction),
+                          reinterpret_cast<void*>(logits),
+                          reinterpret_cast<void*>(weights),
+                          reinterpret_cast<int64_t*>(ids)};
+    route(args, rule, self.dtype, *self.kernels, num_threads);
+}
+
 // address, kind, bytes to the next sequence, to the next head, to the next position
 using Mask = std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t>;
 
@@ -261,6 +289,21 @@ void bind_expert_ffn(py::module_& m) {
         "thread: (floating-point operations, seconds). 16-bit weights are multiplied in fp32 where "
         "the instruction set has nothing else.");
 
+    py::class_<RouterRule>(m, "RouterRule")
+        .def(py::init([](const std::string& score, int64_t top_k, bool rounds_logits, bool sorted,
+                         bool normalises, float epsilon, float scale,
+                         const std::array<int64_t, 3>& groups, float masked, bool float_logits,
+                         bool float_weights) {
+                 return RouterRule{score_named(score), top_k,     rounds_logits, sorted,
+                                   normalises,         epsilon,   scale,         groups[0],
+                                   groups[1],          groups[2], masked,        float_logits,
+                                   float_weights};
+             }),
+             "score"_a, "top_k"_a, "rounds_logits"_a, "sorted"_a, "normalises"_a, "epsilon"_a,
+             "scale"_a, "groups"_a, "masked"_a, "float_logits"_a, "float_weights"_a,
+             "router_rules.Rule.")
+        .def("fits", &RouterRule::fits, "experts"_a);
+
     py::class_<DenseKernels>(m, "DenseKernels")
         .def(py::init(&make_dense), "dtype"_a, "isa"_a = "auto")
         .def_property_readonly("isa", [](const DenseKernels& self) { return self.kernels->isa; })
@@ -280,6 +323,12 @@ void bind_expert_ffn(py::module_& m) {
              "weight_offset"_a, "rounds_before_weight"_a, "y"_a, "num_threads"_a, ReleaseGil(),
              "y [rows, size] = x / sqrt(mean(x^2) + epsilon), perhaps rounded to the dtype, times "
              "(weight + weight_offset).")
+        .def("route", &route_tokens, "x"_a, "rows"_a, "hidden"_a, "experts"_a, "weight"_a, "bias"_a,
+             "correction"_a, "rule"_a, "logits"_a, "weights"_a, "ids"_a, "num_threads"_a,
+             ReleaseGil(),
+             "A router, see router.h: x [rows, H], weight [E, H], bias [E] or 0 in the dtype, "
+             "correction [E] in float32 or 0, to logits [rows, E] and weights [rows, A] (each in "
+             "float32 or the dtype) and int64 ids [rows, A].")
         .def("attend", &attend, "q"_a, "keys"_a, "values"_a, "out"_a, "shape"_a, "key_strides"_a,
              "value_strides"_a, "mask"_a, "scale"_a, "num_threads"_a, ReleaseGil(),
              "out [B, Hq, D'] = softmax(scale q K^T + mask) V for q [B, Hq, D], one token a "

@@ -219,6 +219,23 @@ _Projection = tuple[int, int, int, int, int]
 # address of a weight, its size, epsilon, weight_offset, rounds_before_weight
 _Norm = tuple[int, int, float, float, bool]
 
+class RouterRule:
+    def __init__(
+        self,
+        score: str,
+        top_k: int,
+        rounds_logits: bool,
+        sorted: bool,
+        normalises: bool,
+        epsilon: float,
+        scale: float,
+        groups: tuple[int, int, int],
+        masked: float,
+        float_logits: bool,
+        float_weights: bool,
+    ) -> None: ...
+    def fits(self, experts: int) -> bool: ...
+
 class DenseKernels:
     def __init__(self, dtype: str, isa: str = "auto") -> None: ...
     @property
@@ -259,6 +276,21 @@ class DenseKernels:
         weight_offset: float,
         rounds_before_weight: bool,
         y: int,
+        num_threads: int,
+    ) -> None: ...
+    def route(
+        self,
+        x: int,
+        rows: int,
+        hidden: int,
+        experts: int,
+        weight: int,
+        bias: int,
+        correction: int,
+        rule: RouterRule,
+        logits: int,
+        weights: int,
+        ids: int,
         num_threads: int,
     ) -> None: ...
     def attend(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_offload.backends.native import DTYPES, dense_kernels
 from moe_offload.norms import use_native_norms
+from moe_offload.routing import use_native_routers
 
 # Rows for which the kernels were faster than torch on all of bench/linear.py's shapes, per
 # instruction set: first and last. Rows of 16 bits on AVX2 are from two Zen 3 cores, scratch runs up
@@ -90,11 +91,11 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
     """Let a model compute its dense part as an offloaded one does; returns what takes that back.
 
     Its `nn.Linear` layers go through `linear` (subclasses keep their own arithmetic), its RMSNorm
-    layers, where they are recognised, through `norms.rms_norm`, and in a transformers model decoded
-    tokens attend as `huggingface.attention` and `huggingface.attention_layers` say and caches grow
-    in place (`huggingface.growing_cache`). An offloaded model has had this done
-    (`OffloadConfig.dense_backend`); it is for a resident one that is to give the same bits, or to
-    be as fast.
+    layers and routers, where they are recognised, through `norms.rms_norm` and `routing.route`, and
+    in a transformers model decoded tokens attend as `huggingface.attention` and
+    `huggingface.attention_layers` say and caches grow in place (`huggingface.growing_cache`). An
+    offloaded model has had this done (`OffloadConfig.dense_backend`); it is for a resident one that
+    is to give the same bits, or to be as fast.
 
     Args:
         model: any module; what the kernels do not take (see `linear`) goes to torch at each call,
@@ -106,7 +107,7 @@ def use_dense_kernels(model: nn.Module) -> Callable[[], None]:
     swapped = [module for module in model.modules() if type(module) is nn.Linear]
     for module in swapped:
         module.__class__ = NativeLinear
-    undo = [use_native_norms(model)]
+    undo = [use_native_norms(model), use_native_routers(model)]
     if hasattr(model, "set_attn_implementation"):
         from moe_offload.huggingface.attention import use_token_attention
         from moe_offload.huggingface.attention_layers import use_token_projections

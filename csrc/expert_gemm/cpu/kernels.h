@@ -83,6 +83,18 @@ struct NormArgs {
     bool rounds_before_weight;  // to the dtype, before the product with the weight
 };
 
+struct LogitsArgs {
+    int64_t rows;             // at most Kernels::few_rows
+    int64_t hidden;           // H
+    const void* x;            // [rows, H] in the few-row layout
+    const std::byte* weight;  // rows of H elements
+    int64_t row_stride;       // bytes
+    const std::byte* bias;    // null or one element per weight row
+    int64_t begin, end;       // weight rows
+    float* logits;            // [rows, logits_stride] out
+    int64_t logits_stride;    // elements
+};
+
 // What is added to the scores of one sequence's positions, before the softmax.
 struct AttendMask {
     enum Kind : int32_t { kBool = 0, kFloat = 1, kSame = 2 };  // false: masked; fp32; keys' dtype
@@ -159,6 +171,11 @@ struct Kernels {
                     void* out);
     // Rows over the root of their mean square, times a weight, see norm_rows.h.
     void (*norm)(const NormArgs&);
+    // A router's parts, see route_rows.h. Values have room for whole vectors.
+    void (*logits)(const LogitsArgs&);
+    void (*round_values)(float* values, int64_t count, void* to);
+    void (*softmax)(float* values, int64_t count);
+    void (*sigmoid)(float* values, int64_t count);
     // A token's attention over one chunk of positions, and the chunks' results put together.
     void (*attend)(const AttendArgs&);
     size_t (*attend_scratch_bytes)(int64_t heads, int64_t size);

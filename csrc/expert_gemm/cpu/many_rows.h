@@ -25,6 +25,7 @@
 #include "expert_gemm/cpu/kernels.h"
 #include "expert_gemm/cpu/norm_rows.h"
 #include "expert_gemm/cpu/ops.h"
+#include "expert_gemm/cpu/route_rows.h"
 #include "expert_gemm/cpu/row_blocks.h"
 #include "expert_gemm/cpu/transpose.h"
 
@@ -375,6 +376,10 @@ Kernels make_kernels(const char* isa) {
     if constexpr (__is_same(typename Op::T, BF16)) k.dequantise = &dequantise<typename Op::L>;
     k.combine = &combine_rows<Op>;
     k.norm = &norm_rows<Op>;
+    k.logits = &logits_few<FewOp>;
+    k.round_values = &round_values<Op>;
+    k.softmax = &softmax_values<typename Op::L>;
+    k.sigmoid = &sigmoid_values<typename Op::L>;
     k.attend = &attend<FewOp>;
     k.attend_scratch_bytes = &attend_scratch_bytes<FewOp>;
     k.merge_chunks = &merge_chunks<FewOp>;
