@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload.backends.native import dense_kernels
+from moe_offload.class_swap import StandIn, stand_in, swap_classes
 from moe_offload.dense import NativeLinear, takes
 from moe_offload.huggingface.attention import NAME, attention_forward
 from moe_offload.norms import NativeNorm
@@ -38,26 +39,12 @@ def use_token_projections(model: nn.Module) -> Callable[[], None]:
     For a model whose linear layers and norms are native already (`dense.use_dense_kernels`): a
     layer that has others keeps its own forward.
     """
-    swapped = []
-    for module in model.modules():
-        attention: Any = type(module)
-        native = _native_class(attention)
-        if native is not None:
-            swapped.append(module)
-            module.__class__ = native
-    return functools.partial(_put_back, swapped)
+    return swap_classes(model, _native_class)
 
 
-def _put_back(swapped: list[nn.Module]) -> None:
-    for module in swapped:
-        if isinstance(module, _TokenAttention):
-            module.__class__ = module.own
-
-
-class _TokenAttention:
+class _TokenAttention(StandIn):
     """In front of a model's own attention class, by `_native_class`."""
 
-    own: ClassVar[type]
     normed: ClassVar[Normed]
     clips: ClassVar[bool]  # may clamp all three to `config.clip_qkv`, which is not done here
 
@@ -89,17 +76,6 @@ class _TokenAttention:
             **kwargs,
         )
         return own
-
-    def _get_name(self) -> str:  # for repr
-        return self.own.__name__
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # copies and pickles find the class by its own
-        return _made_anew, (self.own,), vars(self)
-
-
-def _made_anew(attention: Any) -> Any:
-    native: Any = _native_class(attention) or attention
-    return native.__new__(native)
 
 
 # Weight, bias, weight of the norm that follows and that norm; the last two perhaps None.
@@ -310,11 +286,8 @@ def _native_class(attention: type) -> type | None:
     half = statements(getattr(module, "rotate_half", None), None)
     if rope not in (_ROPE, _ROPE_OF_A_PART) or half != _ROTATE_HALF:
         return None
-    attributes = {
-        "own": attention,
-        "normed": _FORMS[form],
-        "clips": _CLIPPED in form,
-        "__module__": attention.__module__,
-        "__doc__": attention.__doc__,
-    }
-    return type(f"Native{attention.__name__}", (_TokenAttention, attention), attributes)
+    return stand_in(
+        *(_TokenAttention, attention, _native_class),
+        normed=_FORMS[form],
+        clips=_CLIPPED in form,
+    )
