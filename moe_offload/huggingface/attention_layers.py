@@ -15,6 +15,7 @@ projections and whatever else is not the plain case go to the class's own forwar
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -282,9 +283,12 @@ def _native_class(attention: type) -> type | None:
     if text != _BEGIN + form + _END or form not in _FORMS:
         return None
     module = sys.modules[attention.__module__]
-    rope = statements(getattr(module, "apply_rotary_pos_emb", None), None, _NAMED_FOR_THE_HUB)
-    half = statements(getattr(module, "rotate_half", None), None)
-    if rope not in (_ROPE, _ROPE_OF_A_PART) or half != _ROTATE_HALF:
+    rope: Any = getattr(module, "apply_rotary_pos_emb", None)
+    if (
+        statements(rope, None, _NAMED_FOR_THE_HUB) not in (_ROPE, _ROPE_OF_A_PART)
+        or inspect.signature(rope).parameters["unsqueeze_dim"].default != 1
+        or statements(getattr(module, "rotate_half", None), None) != _ROTATE_HALF
+    ):
         return None
     return stand_in(
         *(_TokenAttention, attention, _native_class),
