@@ -115,6 +115,31 @@ def live(path: Path) -> None:
         )
 
 
+def settings(path: Path) -> None:
+    """A line per setting: of each preset speed, hit rate (without prefetch hits), and bytes."""
+
+    def cell(row: Row) -> str:
+        rates = f"{percent(row['hit_rate'])} ({percent(row['hit_rate_without_prefetch'])})"
+        wasted, total = (f"{row[f'{what}_kb_per_token']:.0f}" for what in ("wasted", "total"))
+        demand = f"{row['demand_kb_per_token']:.0f}"
+        return f"{row['tokens_per_s']:.0f}; {rates}; {demand} + {wasted}, {total}"
+
+    rows = json.loads(path.read_text())["rows"]
+    by = {(r["workload"], r["cap"], r["batch"], r["preset"]): r for r in rows}
+    lines = []
+    for workload, cap, batch in dict.fromkeys(key[:3] for key in by):
+        some = [by[workload, cap, batch, preset] for preset in PRESETS]
+        lines.append(
+            [
+                f"{workload}, {100 * cap:g} %, batch {batch}",
+                f"{some[0]['resident_tokens_per_s']:.0f}",
+                f"{some[0]['belady_kb_per_token']:.0f}",
+                *map(cell, some),
+            ]
+        )
+    markdown(["setting", "resident tok/s", "Belady kB", *PRESETS], lines)
+
+
 def ratios(path: Path) -> None:
     """expertflow over the others in tokens/s, and what the resident model allows at most."""
     rows = json.loads(path.read_text())["rows"]
@@ -150,14 +175,16 @@ def main() -> None:
         "--machine", default="amd-epyc-avx512-bf16-2-cores", help="folder of the results"
     )
     folder = RESULTS / parser.parse_args().machine
-    rows = replay_rows(folder / "replay.json")
-    gaps(rows, "auto", "gap_closed")
-    gaps(rows, "auto+recall", "gap_closed")
-    gaps(rows, "auto+recall", "gap_closed_all_copies")
-    for cap, batch in ((0.25, 1), (0.25, 16), (0.5, 4), (0.5, 16)):
-        hit_rates(rows, cap, batch)
+    if (folder / "replay.json").is_file():
+        rows = replay_rows(folder / "replay.json")
+        gaps(rows, "auto", "gap_closed")
+        gaps(rows, "auto+recall", "gap_closed")
+        gaps(rows, "auto+recall", "gap_closed_all_copies")
+        for cap, batch in ((0.25, 1), (0.25, 16), (0.5, 4), (0.5, 16)):
+            hit_rates(rows, cap, batch)
     if (folder / "expertflow_live.json").is_file():
         live(folder / "expertflow_live.json")
+        settings(folder / "expertflow_live.json")
         ratios(folder / "expertflow_live.json")
 
 
