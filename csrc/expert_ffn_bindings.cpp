@@ -109,24 +109,24 @@ DenseKernels make_dense(const std::string& dtype, const std::string& isa) {
     return {dtype_named(dtype), kernels_named(isa, dtype_named(dtype))};
 }
 
-void multiply(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t in, int64_t out,
-              uintptr_t weight, int64_t row_stride, uintptr_t bias, uintptr_t y, int num_threads) {
-    const LinearOutput output{out, reinterpret_cast<const std::byte*>(weight), row_stride,
-                              reinterpret_cast<const std::byte*>(bias), reinterpret_cast<void*>(y)};
-    linear({reinterpret_cast<const void*>(x), rows, in}, {&output, 1}, self.dtype, *self.kernels,
-           num_threads);
-}
-
 // address of a weight, bytes from row to row, address of the bias or 0, features, address of y
 using Projection = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t>;
-// address of a weight, its size, epsilon, offset, rounds before the weight
-using Norm = std::tuple<uintptr_t, int64_t, float, float, bool>;
 
 LinearOutput output_of(const Projection& projection) {
     const auto& [weight, row_stride, bias, out, y] = projection;
     return {out, reinterpret_cast<const std::byte*>(weight), row_stride,
             reinterpret_cast<const std::byte*>(bias), reinterpret_cast<void*>(y)};
 }
+
+void multiply(const DenseKernels& self, uintptr_t x, int64_t rows, int64_t in, int64_t out,
+              uintptr_t weight, int64_t row_stride, uintptr_t bias, uintptr_t y, int num_threads) {
+    const LinearOutput output = output_of({weight, row_stride, bias, out, y});
+    linear({reinterpret_cast<const void*>(x), rows, in}, {&output, 1}, self.dtype, *self.kernels,
+           num_threads);
+}
+
+// address of a weight, its size, epsilon, offset, rounds before the weight
+using Norm = std::tuple<uintptr_t, int64_t, float, float, bool>;
 
 std::optional<ProjectionNorm> norm_of(const std::optional<Norm>& norm) {
     if (!norm) return std::nullopt;

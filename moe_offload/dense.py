@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_offload.backends.native import DTYPES, dense_kernels
+from moe_offload.backends.native import DTYPES, PLAIN_TENSORS, dense_kernels
 from moe_offload.norms import use_native_norms
 from moe_offload.routing import use_native_routers
 
@@ -130,7 +130,7 @@ def _put_back(swapped: list[nn.Linear], undo: list[Callable[[], None]]) -> None:
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Do the kernels compute this, and faster?"""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or type(weight) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or type(weight) not in PLAIN_TENSORS:
         return False
     first, last = _pays(x.dtype)
     return (
@@ -144,7 +144,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (
             bias is None
             or (
-                type(bias) in _PLAIN
+                type(bias) in PLAIN_TENSORS
                 and bias.dtype == x.dtype
                 and bias.shape == weight.shape[:1]
                 and bias.is_contiguous()
@@ -154,9 +154,6 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 @functools.cache

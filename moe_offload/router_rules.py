@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from moe_offload import _core
 from moe_offload.source_text import statements
 
 
@@ -46,14 +47,7 @@ class Rule(NamedTuple):
 
     def fits(self, num_experts: int) -> bool:
         """Can so many experts be routed by it, without choosing a masked one?"""
-        num_groups, kept, best = self.groups
-        return (
-            None not in self.groups
-            and 0 < kept <= num_groups
-            and num_experts % num_groups == 0
-            and 0 < best <= num_experts // num_groups
-            and 0 < self.top_k <= num_experts // num_groups * kept
-        )
+        return None not in self.groups and _core.RouterRule(*self).fits(num_experts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload import _core
-from moe_offload.backends.native import DTYPES, dense_kernels
+from moe_offload.backends.native import DTYPES, PLAIN_TENSORS, dense_kernels
 from moe_offload.class_swap import StandIn, stand_in, swap_classes
 from moe_offload.router_rules import Form, Rule, form_of
 
@@ -162,9 +162,9 @@ class _NativeRouter(StandIn):
                 correction = args[1]
             if (
                 type(x) is Tensor
-                and type(weight) in _PLAIN
-                and (bias is None or type(bias) in _PLAIN)
-                and (correction is None or type(correction) in _PLAIN)
+                and type(weight) in PLAIN_TENSORS
+                and (bias is None or type(bias) in PLAIN_TENSORS)
+                and (correction is None or type(correction) in PLAIN_TENSORS)
                 and x.numel() <= _max_tokens(x.dtype) * weight.shape[-1]
                 and (form.flattens or x.dim() == 2)
                 and _fits(x, weight, bias, correction)
@@ -178,9 +178,6 @@ class _NativeRouter(StandIn):
                     logits, weights, ids = _route(x, weight, rule, bias, correction)
                     return (ids, weights, logits) if form.ids_first else (logits, weights, ids)
         return module.own.forward(self, *args, **named)
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 @functools.cache

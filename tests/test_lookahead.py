@@ -105,6 +105,11 @@ def test_own_lookahead_asks_the_layers_router_about_its_input() -> None:
     with moe_offload.offload(model, device_budget="50%", predictor="lookahead-0") as offloader:
         assert torch.equal(generate(model), expected)
         recall = offloader.stats()["predictor"]["recall"]
+        # its routers are known: nobody watches them, or the norms before them, any more
+        layer = model.model.layers[0]
+        for module in (layer.mlp.gate, layer.post_attention_layernorm):
+            assert not module._forward_pre_hooks
+            assert not module._forward_hooks
     assert set(recall) == {"input+0"}
     assert recall["input+0"]["layers"] == [0, 1]
     assert recall["input+0"]["tokens"] == NEW_TOKENS - 1

@@ -32,6 +32,7 @@ _FORMATS_BY_SCALES = {
     ("int4_group", torch.float16): "int4_group_f16",
 }
 _FLOATS = tuple(DTYPES)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # by type: subclasses may compute otherwise
 
 
 @functools.cache
