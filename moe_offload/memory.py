@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 _CGROUPS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file "),
+    ("memory.max", "memory.current", "memory.stat", ("inactive_file ", "active_file ")),
     (
         "memory/memory.limit_in_bytes",
         "memory/memory.usage_in_bytes",
         "memory/memory.stat",
-        "total_inactive_file ",
+        ("total_inactive_file ", "total_active_file "),
     ),
 )
 
@@ -29,13 +29,10 @@ def available_memory_bytes(root: str = "/") -> int:
     for limit_name, usage_name, stat_name, droppable in _CGROUPS:
         limit, usage = _read(base / limit_name).strip(), _read(base / usage_name).strip()
         if limit.isdigit() and usage.isdigit():
-            reclaimable = next(
-                (
-                    int(line.split()[1])
-                    for line in _read(base / stat_name).splitlines()
-                    if line.startswith(droppable)
-                ),
-                0,
+            reclaimable = sum(
+                int(line.split()[1])
+                for line in _read(base / stat_name).splitlines()
+                if line.startswith(droppable)
             )
             available = min(available, max(0, int(limit) - int(usage) + reclaimable))
     return available

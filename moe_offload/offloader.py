@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from moe_offload.backends import ExpertBackend, choose
-from moe_offload.budgets import plan_host, plan_slots, smallest_budget
+from moe_offload.budgets import check_memory, plan_host, plan_slots, smallest_budget
 from moe_offload.config import OffloadConfig, format_bytes
 from moe_offload.device import ComputeDevice, open_device
 from moe_offload.errors import StateError
 from moe_offload.expert_layer import ExpertLayer
+from moe_offload.memory import available_memory_bytes
 from moe_offload.pager import ExpertPool, PagedLayer
 from moe_offload.pages import PageLayout
 from moe_offload.sources import PageSource
@@ -77,6 +78,8 @@ class Offloader:
         host_bytes = [0] * len(slots)
         if self.device.cuda is not None:
             host_bytes = plan_host(self._layouts, self._num_pages, config.host_budget, pages)
+        else:
+            check_memory(self._bytes_of(slots), config.device_budget)
         self.pools: list[ExpertPool] = []
         self._handles: dict[int, PagedLayer] = {}
         self._backends: dict[int, tuple[str, str | None]] = {}  # name, why not a faster one
@@ -101,6 +104,12 @@ class Offloader:
             raise
         # Also runs at interpreter exit, before threads become impossible to join.
         self._finalizer = weakref.finalize(self, _close_pools, self.pools)
+
+    def _bytes_of(self, slots: Sequence[int]) -> int:
+        """What so many slots in each pool occupy, the room to shift pages in them left out."""
+        return sum(
+            layout.slot_stride * count for layout, count in zip(self._layouts, slots, strict=True)
+        )
 
     def _choose(self, layout: PageLayout, index: int) -> ExpertBackend | None:
         """Who computes a layer; None for one that is only paged."""
@@ -256,6 +265,9 @@ class Offloader:
         """
         self._check_open("resize")
         slots = plan_slots(self._layouts, self._num_pages, device_budget)
+        if self.device.cuda is None:
+            free = available_memory_bytes() + self.device_budget_bytes  # which go before
+            check_memory(self._bytes_of(slots), device_budget, free)
         for pool, num_slots in zip(self.pools, slots, strict=True):
             if num_slots != pool.num_slots:
                 pool.resize(num_slots)

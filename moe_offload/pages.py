@@ -11,6 +11,7 @@ slot a page may lie shifted, see `pager.ExpertPool`; a layout knows nothing of t
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from moe_offload import _core
+from moe_offload.config import format_bytes
+from moe_offload.errors import BudgetError
 
 SECTION_ALIGN = 256
 SLOT_ALIGN = 4096
@@ -181,15 +184,25 @@ def find_slab(tensors: Mapping[str, Tensor]) -> tuple[Tensor, int, dict[str, int
 
 
 def allocate_slab(num_slots: int, stride: int) -> Tensor:
-    """A zeroed slab of slots, uint8 [S * stride], starting on a 4096-byte boundary.
+    """A slab of slots that reads as zeros, uint8 [S * stride], from a 4096-byte boundary on.
 
-    Zeroed so that no kernel that multiplies a masked row by zero can meet NaN left in memory by
-    someone else. In huge pages where the kernel gives them: matrix kernels that stream weights
-    save TLB misses, and direct reads need fewer pieces.
+    Zeros so that no kernel that multiplies a masked row by zero can meet NaN left in memory by
+    someone else. They are the kernel's own: memory is taken when a slot is first written, and a
+    budget of gigabytes costs nothing until then. In huge pages where the kernel gives them: matrix
+    kernels that stream weights save TLB misses, and direct reads need fewer pieces.
+
+    Raises:
+        BudgetError: the system refuses so much address space.
     """
     nbytes = num_slots * stride
-    raw = torch.empty(nbytes + SLOT_ALIGN, dtype=torch.uint8)
+    try:
+        memory = mmap.mmap(-1, nbytes + SLOT_ALIGN, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise BudgetError(
+            f"device_budget: the system refuses {format_bytes(nbytes)} of memory for slots: "
+            f"{error.strerror}. Lower device_budget, or the limit (ulimit -v) is too low."
+        ) from error
+    raw = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping
     _core.advise_huge_pages(raw.data_ptr(), raw.numel())  # before it is touched
-    raw.zero_()
     start = -raw.data_ptr() % SLOT_ALIGN
     return raw[start : start + nbytes]

@@ -146,7 +146,7 @@ def test_available_memory_is_the_smaller_of_machine_and_container(tmp_path: Path
     assert memory.available_memory_bytes(str(tmp_path)) == 4000 * 1024
     (group / "memory.max").write_text("3000000\n")
     (group / "memory.current").write_text("2500000\n")
-    (group / "memory.stat").write_text("anon 5\ninactive_file 200000\n")
+    (group / "memory.stat").write_text("anon 5\ninactive_file 150000\nactive_file 50000\n")
     assert memory.available_memory_bytes(str(tmp_path)) == 700_000
     (group / "memory.max").write_text("max\n")
     assert memory.available_memory_bytes(str(tmp_path)) == 4000 * 1024

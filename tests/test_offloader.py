@@ -13,14 +13,15 @@ import pytest
 import torch
 from experts import random_routing, random_weights, write_page_file
 
-from moe_offload import _core, pager
+from moe_offload import _core, budgets, pager
+from moe_offload import offloader as offloader_module
 from moe_offload.budgets import plan_slots, smallest_budget
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import BudgetError, PageReadError, StateError
 from moe_offload.expert_layer import ExpertLayer
 from moe_offload.layer import OffloadedExperts
 from moe_offload.offloader import Offloader
-from moe_offload.pages import PageLayout
+from moe_offload.pages import PageLayout, allocate_slab
 from moe_offload.sources import CallbackPages, FilePages, Piece
 
 LAYERS, EXPERTS = 3, 10
@@ -175,6 +176,36 @@ def test_counters_survive_a_resize(page_file):
         ):
             offloader.resize("50%")
         forward(offloader, layers, 0, [1])
+
+
+def test_more_slots_than_free_memory_are_refused_and_nothing_changes(page_file, monkeypatch):
+    _, layers, described, pages = page_file
+    config = OffloadConfig(device_budget="50%")
+    total = LAYERS * EXPERTS * PageLayout.build(described[0].page).slot_stride
+    monkeypatch.setattr(budgets, "available_memory_bytes", lambda: total // 2 - 1)
+    with pytest.raises(BudgetError, match=r"device_budget: '50%' is .* only .* memory are free"):
+        Offloader(described, pages, config)
+    monkeypatch.setattr(budgets, "available_memory_bytes", lambda: total // 2)
+    with Offloader(described, pages, config) as offloader:
+        monkeypatch.setattr(offloader_module, "available_memory_bytes", lambda: total // 4)
+        offloader.resize("70%")  # the old half goes first
+        with pytest.raises(BudgetError, match=r"device_budget: '100%' is"):
+            offloader.resize("100%")
+        assert offloader.stats()["num_slots"] == 21
+        forward(offloader, layers, 1, [1, 4])
+
+
+def test_slots_take_memory_when_they_are_written():
+    def resident_bytes() -> int:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    before = resident_bytes()
+    slab = allocate_slab(1 << 12, 1 << 18)  # 1 GiB
+    assert resident_bytes() - before < 64 << 20
+    slab[: 256 << 20].fill_(1)
+    assert resident_bytes() - before > 200 << 20
+    assert not slab[-4096:].any()
 
 
 def test_static_experts_are_kept(page_file):
