@@ -124,11 +124,11 @@ def main() -> None:
     record = environment()  # before anything runs: it notes how busy the machine was
     # A toy model would only measure how much Python and torch fit in its limit.
     isolation: Isolation = "drop" if arguments.quick else arguments.isolation
-    with _workdir(arguments.workdir, temporary=arguments.quick) as workdir:
+    with workdir(arguments.workdir, temporary=arguments.quick) as folder:
         checkpoint = checkpoints.write(
-            plan.spec, workdir / ("quick" if arguments.quick else "olmoe")
+            plan.spec, folder / ("quick" if arguments.quick else "olmoe")
         )
-        with tempfile.TemporaryDirectory(prefix="accelerate-", dir=workdir) as offload_folder:
+        with tempfile.TemporaryDirectory(prefix="accelerate-", dir=folder) as offload_folder:
             quarter, whole = run(plan, checkpoint, Path(offload_folder), isolation)
 
     compared = check_tokens([quarter, whole])
@@ -156,7 +156,7 @@ def main() -> None:
         "tokens_equal_to_resident": compared,
         "targets": targets,
         "rows": list(rows.values()),
-        "comparisons": [_observed(comparison) for comparison in (quarter, whole)],
+        "comparisons": [observed(comparison) for comparison in (quarter, whole)],
     }
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
@@ -168,7 +168,7 @@ def main() -> None:
 
 
 @contextmanager
-def _workdir(given: Path | None, temporary: bool) -> Iterator[Path]:
+def workdir(given: Path | None, temporary: bool) -> Iterator[Path]:
     """The folder for checkpoints: as given, a temporary one, or one that stays in the cache."""
     if given is None and temporary:
         with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +179,7 @@ def _workdir(given: Path | None, temporary: bool) -> Iterator[Path]:
     yield path
 
 
-def _observed(comparison: Comparison) -> Row:
+def observed(comparison: Comparison) -> Row:
     """The raw observations, without the paths of this machine."""
     record = asdict(comparison)
     del record["commands"]

@@ -103,7 +103,7 @@ def _paging_row(turns: list[Row], tokens: int, page_bytes: int, disk_gb_per_s: f
         "slots": stats[0]["num_slots"],
         "pages_per_token": total("lookups") / tokens,
         "demand_mb_per_token": total("demand_bytes") / tokens / 1e6,
-        "needed_mb_per_token": sum(_missing_bytes(row, page_bytes) for row in stats) / tokens / 1e6,
+        "needed_mb_per_token": sum(missing_bytes(row, page_bytes) for row in stats) / tokens / 1e6,
         "prefetch_used_mb_per_token": total("prefetch_bytes_used") / tokens / 1e6,
         "prefetch_wasted_mb_per_token": total("prefetch_bytes_wasted") / tokens / 1e6,
         "stall_ms_per_token": 1e3 * total("stall_seconds") / tokens,
@@ -126,7 +126,7 @@ def _moved(stats: Row) -> float:
     return float(sum(stats[name] for name in names))
 
 
-def _missing_bytes(stats: Row, page_bytes: int) -> int:
+def missing_bytes(stats: Row, page_bytes: int) -> int:
     """Of pages that were used and had to come from disk, demanded or fetched ahead."""
     names = ("demand_misses", "joined_prefetches", "prefetch_hits")
     return page_bytes * sum(int(stats[name]) for name in names)
@@ -151,7 +151,7 @@ def check_targets(
     # predictor) one that was fetched ahead for nothing or stopped on its way.
     for name, turns in ((DEMAND, demand), (PAGED, paged)):
         stats = [turn["decode"]["stats"] for turn in turns]
-        missing = sum(_missing_bytes(row, spec.page_bytes) for row in stats)
+        missing = sum(missing_bytes(row, spec.page_bytes) for row in stats)
         wasted = rows[name]["prefetch_wasted_mb_per_token"]
         note = f"{wasted:.1f} MB a token fetched ahead for nothing" if name == PAGED else ""
         for source, read in (
@@ -190,7 +190,7 @@ def check_targets(
     # A layer is one request of distinct pages, so each page may be missing once per prefill.
     prefill = [turn["prefill"]["stats"] for turn in paged]
     read = sum(stats["disk_bytes"] for stats in prefill)
-    needed = sum(_missing_bytes(stats, spec.page_bytes) for stats in prefill)
+    needed = sum(missing_bytes(stats, spec.page_bytes) for stats in prefill)
     calls = max(stats["acquires"] for stats in prefill)
     note = f"{calls} requests for {spec.num_layers} layers"
     target("prefill, 25%: disk bytes / missing bytes", read / needed, 1.01, True, note)
