@@ -2,11 +2,10 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
-#include <optional>
 #include <string>
-#include <tuple>
 
 #include "predictors/dense.h"
+#include "predictors/fetch_ahead.h"
 #include "predictors/ranking.h"
 #include "predictors/rpp_step.h"
 
@@ -17,24 +16,42 @@ namespace moe_offload {
 namespace {
 
 using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using Halves = py::array_t<uint16_t, py::array::c_style>;
 using Ids = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 size_t size_of(py::ssize_t size) { return static_cast<size_t>(size); }
+
+const SmallProducts& products_of(const std::string& isa) {
+    if (isa.empty()) return small_products();
+    for (const SmallProducts* each : all_small_products())
+        if (isa == each->isa) return *each;
+    throw std::invalid_argument("dense: this machine has no " + isa);
+}
 
 Floats dense(const Floats& x, const Floats& w, const std::string& isa) {
     if (x.ndim() != 2 || w.ndim() != 2 || x.shape(1) != w.shape(0))
         throw std::invalid_argument("dense: expected x [rows, inner] and w [inner, columns], got " +
                                     py::str(x.attr("shape")).cast<std::string>() + " and " +
                                     py::str(w.attr("shape")).cast<std::string>());
-    const SmallProducts* products = isa.empty() ? &small_products() : nullptr;
-    for (const SmallProducts* each : all_small_products())
-        if (isa == each->isa) products = each;
-    if (!products) throw std::invalid_argument("dense: this machine has no " + isa);
     Floats out({x.shape(0), w.shape(1)});
     const size_t rows = size_of(x.shape(0)), inner = size_of(x.shape(1));
     const size_t columns = size_of(w.shape(1));
-    products->dense({x.data(), inner}, {w.data(), columns}, out.mutable_data(), columns, rows,
-                    inner, columns, false);
+    products_of(isa).dense({x.data(), inner}, {w.data(), columns}, out.mutable_data(), columns,
+                           rows, inner, columns, false);
+    return out;
+}
+
+// For tests: x [rows, inner] times a packed matrix [inner, columns].
+Floats packed_product(const Floats& x, const Halves& w, size_t columns, const std::string& isa) {
+    if (x.ndim() != 2 || w.ndim() != 3 || x.shape(1) != w.shape(1) || w.shape(2) != kPanel ||
+        size_of(w.shape(0)) != (columns + kPanel - 1) / kPanel)
+        throw std::invalid_argument(
+            "packed_product: expected x [rows, inner] and w [panels, "
+            "inner, 64] for so many columns");
+    Floats out({x.shape(0), static_cast<py::ssize_t>(columns)});
+    const size_t rows = size_of(x.shape(0)), inner = size_of(x.shape(1));
+    products_of(isa).packed({x.data(), inner}, {w.data(), inner, columns}, out.mutable_data(),
+                            columns, rows, false);
     return out;
 }
 
@@ -47,9 +64,10 @@ std::vector<std::string> small_product_isas() {
 // Keeps the arrays whose memory RppStep reads.
 class BoundRpp {
   public:
-    // tensors: embed, token, head, bias, positions; blocks: six matrices each, memory: keys and
-    // values of the prompt each, as rpp_step.h says.
-    BoundRpp(const py::dict& tensors, const std::vector<std::vector<Floats>>& blocks,
+    // tensors: embed, token, bias, positions; head, and blocks: six matrices each, are packed;
+    // memory: keys and values of the prompt for each block, as rpp_step.h says.
+    BoundRpp(const py::dict& tensors, const Halves& head,
+             const std::vector<std::vector<Halves>>& blocks,
              const std::vector<std::pair<Floats, Floats>>& memory, std::vector<float> hidden) {
         if (blocks.empty() || blocks.size() != memory.size())
             throw std::invalid_argument("rpp: expected as many prompt memories as blocks, got " +
@@ -59,7 +77,6 @@ class BoundRpp {
         RppShape& shape = weights.shape;
         const Floats embed = keep(tensors["embed"], "embed"),
                      token = keep(tensors["token"], "token");
-        const Floats head = keep(tensors["head"], "head");
         const Floats positions = keep(tensors["positions"], "positions");
         const Floats& keys = memory[0].first;  // [batch, heads, d_kv, prompt]
         if (keys.ndim() != 4)
@@ -69,42 +86,30 @@ class BoundRpp {
         shape.token_width = size_of(token.shape(1));
         shape.num_heads = size_of(keys.shape(1));
         shape.d_kv = size_of(keys.shape(2));
-        shape.outputs = size_of(head.shape(1));
         shape.max_decoded = size_of(positions.shape(1));
-        if (blocks[0].size() == 6 && blocks[0][4].ndim() == 3) {
-            shape.panel = size_of(blocks[0][4].shape(2));
-            shape.d_ff = size_of(blocks[0][4].shape(0)) * shape.panel;
-        }
+        const Floats bias = keep(tensors["bias"], "bias", 1);
+        shape.outputs = size_of(bias.shape(0));
         const size_t batch = size_of(keys.shape(0)), prompt = size_of(keys.shape(3));
         const size_t d_model = shape.d_model, inner = shape.inner();
+        if (blocks[0].size() == 6 && blocks[0][5].ndim() == 3)
+            shape.d_ff = size_of(blocks[0][5].shape(1));
         weights.embed = embed.data();
         weights.token = token.data();
-        weights.head = head.data();
+        weights.head = packed(head, d_model + shape.token_width, shape.outputs, "head");
         weights.positions = positions.data();
-        weights.bias = keep(tensors["bias"], "bias", 1).data();
+        weights.bias = bias.data();
         expect(token, shape.vocab, shape.token_width, "token");
-        expect(head, d_model + shape.token_width, shape.outputs, "head");
         expect(positions, shape.num_heads, shape.max_decoded, "positions");
-        if (size_of(arrays_.back().size()) != shape.outputs)
-            throw std::invalid_argument("rpp: expected one bias per output");
-        const size_t sizes[6][2] = {{d_model, 3 * inner},  {inner, d_model},
-                                    {d_model, inner},      {inner, d_model},
-                                    {d_model, shape.d_ff}, {shape.d_ff, d_model}};
         for (const auto& block : blocks) {
-            const float* data[6];
             if (block.size() != 6)
                 throw std::invalid_argument("rpp: expected six matrices per block, got " +
                                             std::to_string(block.size()));
-            for (size_t i = 0; i < 6; ++i) {
-                if (i == 4) continue;
-                data[i] = keep(block[i], "a block's matrix").data();
-                expect(block[i], sizes[i][0], sizes[i][1], "a block's matrix");
-            }
-            data[4] = keep(block[4], "a block's panels", 3).data();
-            if (size_of(block[4].size()) != d_model * shape.d_ff ||
-                size_of(block[4].shape(2)) != shape.panel)
-                throw std::invalid_argument("rpp: the blocks' panels differ in size");
-            weights.blocks.push_back({data[0], data[1], data[2], data[3], data[4], data[5]});
+            weights.blocks.push_back({packed(block[0], d_model, 3 * inner, "qkv"),
+                                      packed(block[1], inner, d_model, "out"),
+                                      packed(block[2], d_model, inner, "cross_q"),
+                                      packed(block[3], inner, d_model, "cross_out"),
+                                      packed(block[4], d_model, shape.d_ff, "up"),
+                                      packed(block[5], shape.d_ff, d_model, "down")});
         }
         std::vector<RppMemory> read;
         for (const auto& [k, v] : memory) {
@@ -140,6 +145,18 @@ class BoundRpp {
         arrays_.push_back(array);
         return array;
     }
+    // [columns / kPanel, rounded up, inner, kPanel]
+    PackedMatrix packed(const Halves& array, size_t inner, size_t columns, const char* name) {
+        const size_t panels = (columns + kPanel - 1) / kPanel;
+        if (array.ndim() != 3 || size_of(array.shape(0)) != panels ||
+            size_of(array.shape(1)) != inner || size_of(array.shape(2)) != kPanel)
+            throw std::invalid_argument(std::string("rpp: expected ") + name + " packed as [" +
+                                        std::to_string(panels) + ", " + std::to_string(inner) +
+                                        ", " + std::to_string(kPanel) + "], got " +
+                                        py::str(array.attr("shape")).cast<std::string>());
+        matrices_.push_back(array);
+        return {array.data(), inner, columns};
+    }
     static void expect(const Floats& array, size_t rows, size_t columns, const char* name) {
         if (size_of(array.shape(0)) != rows || size_of(array.shape(1)) != columns)
             throw std::invalid_argument(std::string("rpp: expected ") + name + " to be [" +
@@ -149,6 +166,7 @@ class BoundRpp {
     }
 
     std::vector<Floats> arrays_;
+    std::vector<Halves> matrices_;
     std::unique_ptr<RppStep> step_;
 };
 
@@ -160,15 +178,40 @@ Ranking ranking(const Floats& scores) {
             size_of(scores.shape(0))};
 }
 
-// None where the call had other tokens than were predicted.
-std::optional<std::tuple<int64_t, int64_t, int64_t>> found(const Ranking& ranking, const Ids& used,
-                                                           size_t near, size_t deep) {
+// Does nothing where the call had other tokens than were predicted.
+void add_found(FoundPerLayer& sums, size_t layer, const Ranking& ranking, const Ids& used,
+               size_t near, size_t deep) {
     if (used.ndim() != 2)
-        throw std::invalid_argument("Ranking: expected ids [rows, top_k], got " +
+        throw std::invalid_argument("FoundPerLayer: expected ids [rows, top_k], got " +
                                     py::str(used.attr("shape")).cast<std::string>());
-    if (size_of(used.shape(0)) != ranking.rows()) return std::nullopt;
-    const Found found = ranking.found({used.data(), size_of(used.size())}, near, deep);
-    return std::tuple{found.tokens, found.near, found.deep};
+    if (size_of(used.shape(0)) == ranking.rows())
+        sums.add(layer, ranking.found({used.data(), size_of(used.size())}, near, deep));
+}
+
+// tokens, near, deep: [3, layers]
+py::array_t<int64_t> sums_of(const FoundPerLayer& sums) {
+    const size_t layers = sums.layers().size();
+    py::array_t<int64_t> out({py::ssize_t{3}, static_cast<py::ssize_t>(layers)});
+    for (size_t i = 0; i < layers; ++i) {
+        const Found& found = sums.layers()[i];
+        int64_t* const row = out.mutable_data() + i;
+        row[0] = found.tokens;
+        row[layers] = found.near;
+        row[2 * layers] = found.deep;
+    }
+    return out;
+}
+
+py::tuple fetch_ahead_of(Pager& pager, int32_t layer, const Ranking& ranking,
+                         const Chances& chances, double threshold, size_t most, size_t budget,
+                         std::vector<int32_t> started) {
+    Ahead ahead;
+    {
+        py::gil_scoped_release release;
+        ahead = fetch_ahead(pager, layer, ranking, chances, {threshold, most, budget}, started);
+    }
+    return py::make_tuple(ahead.any_likely, ahead.absent, ahead.begun, ahead.begun == ahead.chosen,
+                          started);
 }
 
 template <typename T>
@@ -198,7 +241,6 @@ void bind_predictors(py::module_& m) {
         .def_property_readonly("chance", [](const Ranking& r) { return copy_of(r.chance()); })
         .def_property_readonly("order", [](const Ranking& r) { return copy_of(r.order()); })
         .def("likely", &Ranking::likely, "chances"_a, "threshold"_a, "count"_a)
-        .def("found", &found, "used"_a, "near"_a, "deep"_a)
         .def(
             "teach",
             [](const Ranking& r, Chances& chances, const std::vector<int32_t>& absent,
@@ -207,12 +249,22 @@ void bind_predictors(py::module_& m) {
                 r.teach(chances, absent, {used.data(), size_of(used.size())});
             },
             "chances"_a, "absent"_a, "used"_a);
+    py::class_<FoundPerLayer>(m, "FoundPerLayer")
+        .def(py::init<size_t>(), "num_layers"_a)
+        .def("add", &add_found, "layer"_a, "ranking"_a, "used"_a, "near"_a, "deep"_a)
+        .def("sums", &sums_of);
+    m.def("fetch_ahead", &fetch_ahead_of, "pager"_a, "layer"_a, "ranking"_a, "chances"_a,
+          "threshold"_a, "most"_a, "budget"_a, "started"_a);
+    m.def("tell_policy", &tell_policy, "pager"_a, "layer"_a, "ranking"_a,
+          py::call_guard<py::gil_scoped_release>());
     m.def("dense", &dense, "x"_a, "w"_a, "isa"_a = "");
+    m.def("packed_product", &packed_product, "x"_a, "w"_a, "columns"_a, "isa"_a = "");
+    m.attr("PANEL") = kPanel;
     m.def("dense_isas", &small_product_isas);
     py::class_<BoundRpp>(m, "RppStep")
-        .def(py::init<const py::dict&, const std::vector<std::vector<Floats>>&,
+        .def(py::init<const py::dict&, const Halves&, const std::vector<std::vector<Halves>>&,
                       const std::vector<std::pair<Floats, Floats>>&, std::vector<float>>(),
-             "tensors"_a, "blocks"_a, "memory"_a, "hidden"_a)
+             "tensors"_a, "head"_a, "blocks"_a, "memory"_a, "hidden"_a)
         .def("step", &BoundRpp::step, "tokens"_a, "chances"_a);
 }
 

@@ -80,12 +80,18 @@ class Ticket:
     def __exit__(self, *args: object) -> None: ...
 
 def dense(x: NDArray[Any], w: NDArray[Any], isa: str = "") -> NDArray[Any]: ...
+def packed_product(
+    x: NDArray[Any], w: NDArray[Any], columns: int, isa: str = ""
+) -> NDArray[Any]: ...
 def dense_isas() -> list[str]: ...
+
+PANEL: int
 
 class RppStep:
     def __init__(
         self,
         tensors: dict[str, NDArray[Any]],
+        head: NDArray[Any],
         blocks: Sequence[Sequence[NDArray[Any]]],
         memory: Sequence[tuple[NDArray[Any], NDArray[Any]]],
         hidden: Sequence[float],
@@ -106,8 +112,26 @@ class Ranking:
     @property
     def order(self) -> list[int]: ...
     def likely(self, chances: Chances, threshold: float, count: int) -> list[int]: ...
-    def found(self, used: NDArray[Any], near: int, deep: int) -> tuple[int, int, int] | None: ...
     def teach(self, chances: Chances, absent: list[int], used: NDArray[Any]) -> None: ...
+
+class FoundPerLayer:
+    def __init__(self, num_layers: int) -> None: ...
+    def add(
+        self, layer: int, ranking: Ranking, used: NDArray[Any], near: int, deep: int
+    ) -> None: ...
+    def sums(self) -> NDArray[Any]: ...
+
+def fetch_ahead(
+    pager: Pager,
+    layer: int,
+    ranking: Ranking,
+    chances: Chances,
+    threshold: float,
+    most: int,
+    budget: int,
+    started: list[int],
+) -> tuple[bool, list[int], int, bool, list[int]]: ...
+def tell_policy(pager: Pager, layer: int, ranking: Ranking) -> None: ...
 
 class PathPredictor:
     def __init__(self, num_experts: Sequence[int]) -> None: ...

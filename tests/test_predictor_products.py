@@ -6,7 +6,7 @@ import torch
 
 from moe_offload import _core
 from moe_offload.predictors.rpp_model import RppConfig, RppModel
-from moe_offload.predictors.rpp_session import RppDecoder, RppSession
+from moe_offload.predictors.rpp_session import RppDecoder, RppSession, packed
 
 
 @pytest.mark.parametrize("isa", _core.dense_isas())
@@ -23,9 +23,27 @@ def test_dense_against_fp64(isa: str, rows: int, inner: int, columns: int) -> No
         np.testing.assert_array_equal(_core.dense(x[row : row + 1], w, isa)[0], found[row])
 
 
+@pytest.mark.parametrize("isa", _core.dense_isas())
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 32, 192), (7, 5, 67), (4, 640, 31)])
+def test_packed_products_against_fp64(isa: str, rows: int, inner: int, columns: int) -> None:
+    random = np.random.default_rng(1)
+    x = random.standard_normal((rows, inner)).astype(np.float32)
+    w = random.standard_normal((inner, columns)).astype(np.float32)
+    found = _core.packed_product(x, packed(w), columns, isa)
+    rounded = torch.from_numpy(w).bfloat16().double().numpy()
+    exact = x.astype(np.float64) @ rounded
+    bound = np.abs(x.astype(np.float64)) @ np.abs(rounded) * inner * 2.0**-24
+    assert (np.abs(found - exact) <= bound).all()
+    for row in range(rows):
+        alone = _core.packed_product(x[row : row + 1], packed(w), columns, isa)
+        np.testing.assert_array_equal(alone[0], found[row])
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected x .* got \(2, 3\) and \(4, 5\)"):
         _core.dense(np.zeros((2, 3)), np.zeros((4, 5)))
+    with pytest.raises(ValueError, match="packed_product: expected x"):
+        _core.packed_product(np.zeros((2, 3)), packed(np.zeros((4, 5), np.float32)), 5)
     with pytest.raises(ValueError, match="this machine has no abacus"):
         _core.dense(np.zeros((2, 3)), np.zeros((3, 5)), "abacus")
 
@@ -70,6 +88,13 @@ def test_only_the_end_of_a_long_prompt_is_read() -> None:
     long = RppSession(decoder, prompt, keep).step(token)
     short = RppSession(decoder, prompt[:, limit // 2 :]).step(token)
     np.testing.assert_allclose(long, short, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_of_other_shapes_are_refused() -> None:
+    decoder = RppDecoder(random_model())
+    decoder.blocks[0][4] = decoder.blocks[0][4][:, 1:].copy()
+    with pytest.raises(ValueError, match=r"expected up packed as \[1, 16, 64\], got \(1, 15, 64\)"):
+        RppSession(decoder, torch.randint(0, 50, (2, 4)))
 
 
 def test_token_ids_outside_the_vocabulary_are_refused() -> None:

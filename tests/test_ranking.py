@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_offload._core import Chances, Ranking
+from moe_offload._core import Chances, FoundPerLayer, Ranking
 from moe_offload.predictors.metrics import LiveRecall
 
 SHAPES = [(1, 32, 4), (4, 32, 4), (16, 64, 8), (3, 5, 2), (2, 1, 1)]  # R, E, A
@@ -57,9 +57,12 @@ def test_ranks_and_recall_are_those_of_numpy(rows: int, experts: int, top_k: int
         ranked = np.argsort(-scores, axis=1, kind="stable")
         hits = (ranked[:, : live.deep, None] == used[:, None, :]).any(-1)
         sums[0, seed % 2] += sum(min(row) < experts for row in used.tolist())
-        sums[1, seed % 2] += hits[:, :top_k].sum() / top_k
-        sums[2, seed % 2] += hits.sum() / top_k
-    np.testing.assert_array_equal(live._rows["token"], sums)
+        sums[1, seed % 2] += hits[:, :top_k].sum()
+        sums[2, seed % 2] += hits.sum()
+    np.testing.assert_array_equal(live._found["token"].sums(), sums)
+    if sums[0].all():
+        mean = (sums[1] / sums[0] / top_k).mean()
+        assert live.summary()["token"]["recall_at_top_k"] == pytest.approx(mean)
 
 
 def test_a_prediction_for_other_tokens_is_not_scored() -> None:
@@ -95,6 +98,8 @@ def test_wrong_shapes_are_refused() -> None:
         Ranking(np.zeros((0, 4)))
     ranking = Ranking(np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"expected ids \[rows, top_k\], got \(2,\)"):
-        ranking.found(np.zeros(2), 1, 2)
+        FoundPerLayer(1).add(0, ranking, np.zeros(2), 1, 2)
+    with pytest.raises(IndexError):
+        FoundPerLayer(1).add(1, ranking, np.zeros((2, 1)), 1, 2)
     with pytest.raises(ValueError, match=r"expected experts in \[0, 4\), got 4"):
         ranking.teach(Chances(), [4], np.zeros((2, 1)))

@@ -2,6 +2,7 @@
 // those that name a target. Vectors are the compiler's own, never passed by value.
 #include "predictors/dense.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -13,19 +14,42 @@ namespace {
 // GCC takes the size of a vector type as a literal only.
 template <int kWidth>
 struct Lanes;
-#define MOE_LANES(N)                                         \
-    template <>                                              \
-    struct Lanes<N> {                                        \
-        typedef float V __attribute__((vector_size(4 * N))); \
+#define MOE_LANES(N)                                                 \
+    template <>                                                      \
+    struct Lanes<N> {                                                \
+        typedef float V __attribute__((vector_size(4 * N)));         \
+        typedef uint32_t Bits __attribute__((vector_size(4 * N)));   \
+        typedef uint16_t Halves __attribute__((vector_size(2 * N))); \
     };
 MOE_LANES(4)
 MOE_LANES(8)
 MOE_LANES(16)
 #undef MOE_LANES
 
+template <int kWidth>
+MOE_INLINE void load(const float* from, typename Lanes<kWidth>::V& to) {
+    std::memcpy(&to, from, sizeof(to));
+}
+
+template <int kWidth>
+MOE_INLINE void load(const uint16_t* from, typename Lanes<kWidth>::V& to) {
+    typename Lanes<kWidth>::Halves halves;
+    std::memcpy(&halves, from, sizeof(halves));
+    const auto bits = __builtin_convertvector(halves, typename Lanes<kWidth>::Bits) << 16;
+    std::memcpy(&to, &bits, sizeof(to));
+}
+
+MOE_INLINE float widen(float value) { return value; }
+MOE_INLINE float widen(uint16_t half) {
+    const uint32_t bits = uint32_t{half} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
 // kRows x (kVectors * kWidth) elements of the result, held in registers over all k.
-template <int kWidth, int kRows, int kVectors>
-MOE_INLINE void tile(const float* x, size_t x_stride, const float* w, size_t w_stride, float* out,
+template <int kWidth, int kRows, int kVectors, typename W>
+MOE_INLINE void tile(const float* x, size_t x_stride, const W* w, size_t w_stride, float* out,
                      size_t out_stride, size_t inner, bool add) {
     using V = typename Lanes<kWidth>::V;
     V sums[kRows][kVectors];
@@ -39,7 +63,7 @@ MOE_INLINE void tile(const float* x, size_t x_stride, const float* w, size_t w_s
     for (size_t k = 0; k < inner; ++k, w += w_stride)
         for (int v = 0; v < kVectors; ++v) {
             V weights;
-            std::memcpy(&weights, w + v * kWidth, sizeof(V));
+            load<kWidth>(w + v * kWidth, weights);
             for (int m = 0; m < kRows; ++m) sums[m][v] += weights * x[size_t(m) * x_stride + k];
         }
     for (int m = 0; m < kRows; ++m)
@@ -48,40 +72,49 @@ MOE_INLINE void tile(const float* x, size_t x_stride, const float* w, size_t w_s
 }
 
 // The columns that do not fill a vector.
-MOE_INLINE void edge(const float* x, const float* w, size_t w_stride, float* out, size_t inner,
+template <typename W>
+MOE_INLINE void edge(const float* x, const W* w, size_t w_stride, float* out, size_t inner,
                      size_t columns, bool add) {
     for (size_t n = 0; n < columns; ++n) {
         float sum = add ? out[n] : 0.0F;
-        for (size_t k = 0; k < inner; ++k) sum += w[k * w_stride + n] * x[k];
+        for (size_t k = 0; k < inner; ++k) sum += widen(w[k * w_stride + n]) * x[k];
         out[n] = sum;
     }
 }
 
-template <int kWidth, int kRows, int kVectors>
-MOE_INLINE void rows_of(const float* x, size_t x_stride, ConstMatrix w, float* out,
+template <int kWidth, int kRows, int kVectors, typename W>
+MOE_INLINE void rows_of(const float* x, size_t x_stride, const W* w, size_t w_stride, float* out,
                         size_t out_stride, size_t inner, size_t columns, bool add) {
     size_t n = 0;
     for (; n + kWidth * kVectors <= columns; n += kWidth * kVectors)
-        tile<kWidth, kRows, kVectors>(x, x_stride, w.data + n, w.stride, out + n, out_stride, inner,
+        tile<kWidth, kRows, kVectors>(x, x_stride, w + n, w_stride, out + n, out_stride, inner,
                                       add);
     for (; n + kWidth <= columns; n += kWidth)
-        tile<kWidth, kRows, 1>(x, x_stride, w.data + n, w.stride, out + n, out_stride, inner, add);
+        tile<kWidth, kRows, 1>(x, x_stride, w + n, w_stride, out + n, out_stride, inner, add);
     for (int m = 0; m < kRows && n < columns; ++m)
-        edge(x + size_t(m) * x_stride, w.data + n, w.stride, out + size_t(m) * out_stride + n,
-             inner, columns - n, add);
+        edge(x + size_t(m) * x_stride, w + n, w_stride, out + size_t(m) * out_stride + n, inner,
+             columns - n, add);
 }
 
-template <int kWidth>
-MOE_INLINE void dense(ConstMatrix x, ConstMatrix w, float* out, size_t out_stride, size_t rows,
-                      size_t inner, size_t columns, bool add) {
+template <int kWidth, typename W>
+MOE_INLINE void dense(ConstMatrix x, const W* w, size_t w_stride, float* out, size_t out_stride,
+                      size_t rows, size_t inner, size_t columns, bool add) {
     constexpr int kRows = 4, kVectors = kWidth == 16 ? 4 : 2;  // 16 or 8 sums in registers
     size_t m = 0;
     for (; m + kRows <= rows; m += kRows)
-        rows_of<kWidth, kRows, kVectors>(x.data + m * x.stride, x.stride, w, out + m * out_stride,
-                                         out_stride, inner, columns, add);
+        rows_of<kWidth, kRows, kVectors>(x.data + m * x.stride, x.stride, w, w_stride,
+                                         out + m * out_stride, out_stride, inner, columns, add);
     for (; m < rows; ++m)
-        rows_of<kWidth, 1, kVectors>(x.data + m * x.stride, x.stride, w, out + m * out_stride,
-                                     out_stride, inner, columns, add);
+        rows_of<kWidth, 1, kVectors>(x.data + m * x.stride, x.stride, w, w_stride,
+                                     out + m * out_stride, out_stride, inner, columns, add);
+}
+
+template <int kWidth>
+MOE_INLINE void packed(ConstMatrix x, PackedMatrix w, float* out, size_t out_stride, size_t rows,
+                       bool add) {
+    for (size_t n = 0; n < w.columns; n += kPanel)
+        dense<kWidth>(x, w.data + n * w.inner, kPanel, out + n, out_stride, rows, w.inner,
+                      std::min(kPanel, w.columns - n), add);
 }
 
 // 2^n times a polynomial of the rest (Cephes' expf), in operations every vector unit has.
@@ -134,16 +167,21 @@ MOE_INLINE void logistic(float* values, size_t count) {
     for (size_t i = 0; i < count; ++i) values[i] = 1.0F / (1.0F + exponential(-values[i]));
 }
 
-#define MOE_SMALL_PRODUCTS(name, width, target)                                           \
-    target void dense_##name(ConstMatrix x, ConstMatrix w, float* out, size_t out_stride, \
-                             size_t rows, size_t inner, size_t columns, bool add) {       \
-        dense<width>(x, w, out, out_stride, rows, inner, columns, add);                   \
-    }                                                                                     \
-    target float softmax_##name(float* values, const float* bias, size_t count) {         \
-        return softmax(values, bias, count);                                              \
-    }                                                                                     \
-    target void logistic_##name(float* values, size_t count) { logistic(values, count); } \
-    constexpr SmallProducts k_##name{#name, dense_##name, softmax_##name, logistic_##name};
+#define MOE_SMALL_PRODUCTS(name, width, target)                                             \
+    target void dense_##name(ConstMatrix x, ConstMatrix w, float* out, size_t out_stride,   \
+                             size_t rows, size_t inner, size_t columns, bool add) {         \
+        dense<width>(x, w.data, w.stride, out, out_stride, rows, inner, columns, add);      \
+    }                                                                                       \
+    target void packed_##name(ConstMatrix x, PackedMatrix w, float* out, size_t out_stride, \
+                              size_t rows, bool add) {                                      \
+        packed<width>(x, w, out, out_stride, rows, add);                                    \
+    }                                                                                       \
+    target float softmax_##name(float* values, const float* bias, size_t count) {           \
+        return softmax(values, bias, count);                                                \
+    }                                                                                       \
+    target void logistic_##name(float* values, size_t count) { logistic(values, count); }   \
+    constexpr SmallProducts k_##name{#name, dense_##name, packed_##name, softmax_##name,    \
+                                     logistic_##name};
 
 MOE_SMALL_PRODUCTS(plain, 4, )
 #if defined(__x86_64__)

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -20,11 +21,24 @@ struct ConstMatrix {
     size_t stride;
 };
 
+// A matrix [inner, columns] in bfloat16, packed: the first kPanel columns of all rows, then the
+// next ones, and so on, the last panel filled up with anything. A product reads it from memory in
+// one stream and half the bytes: between two steps of a model, a predictor's weights leave the
+// caches.
+constexpr size_t kPanel = 64;
+struct PackedMatrix {
+    const uint16_t* data;
+    size_t inner, columns;
+};
+
 struct SmallProducts {
     const char* isa;
     // out[m, n] = (add ? out[m, n] : 0) + sum_k x[m, k] w[k, n], m < rows, k < inner, n < columns.
     void (*dense)(ConstMatrix x, ConstMatrix w, float* out, size_t out_stride, size_t rows,
                   size_t inner, size_t columns, bool add);
+    // The same of a packed matrix.
+    void (*packed)(ConstMatrix x, PackedMatrix w, float* out, size_t out_stride, size_t rows,
+                   bool add);
     // values <- e^(values + bias - their largest), bias null for none; returns their sum. Exponents
     // below -87 count as -87. Relative error of a value below 2e-7.
     float (*softmax)(float* values, const float* bias, size_t count);

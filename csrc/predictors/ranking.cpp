@@ -29,6 +29,13 @@ void Chances::fade() {
     }
 }
 
+void FoundPerLayer::add(size_t layer, const Found& found) {
+    Found& sum = layers_.at(layer);
+    sum.tokens += found.tokens;
+    sum.near += found.near;
+    sum.deep += found.deep;
+}
+
 Ranking::Ranking(std::vector<float> scores, size_t rows)
     : rows_(rows), experts_(rows ? scores.size() / rows : 0), scores_(std::move(scores)) {
     if (rows == 1) {

@@ -44,6 +44,18 @@ struct Found {
     int64_t tokens = 0, near = 0, deep = 0;
 };
 
+// Found, summed over predictions of one moment, for each layer.
+class FoundPerLayer {
+  public:
+    explicit FoundPerLayer(size_t num_layers) : layers_(num_layers) {}
+    // Throws std::out_of_range for a layer that there is not.
+    void add(size_t layer, const Found& found);
+    std::span<const Found> layers() const { return layers_; }
+
+  private:
+    std::vector<Found> layers_;
+};
+
 // One prediction, kept until its layer is routed.
 class Ranking {
   public:

@@ -86,35 +86,32 @@ void RppStep::step(std::span<const int64_t> tokens, std::span<float> logits) {
         std::copy_n(weights_.token + token * shape.token_width, shape.token_width,
                     &both_[row * wide + d_model]);
     }
-    const auto dense = small_products().dense;
     const ConstMatrix normed{both_.data(), wide};
+    const auto times = [&](ConstMatrix x, const PackedMatrix& w, std::vector<float>& out,
+                           bool add) {
+        small_products().packed(x, w, out.data(), w.columns, batch_, add);
+    };
     for (size_t b = 0; b < weights_.blocks.size(); ++b) {
         const RppBlock& block = weights_.blocks[b];
+        const ConstMatrix mixed{mixed_.data(), inner};
         normalise();
-        dense(normed, {block.qkv, 3 * inner}, qkv_.data(), 3 * inner, batch_, d_model, 3 * inner,
-              false);
+        times(normed, block.qkv, qkv_, false);
         past_[b].append(qkv_.data());
         attend(qkv_.data(), 3 * inner, b, false);
-        dense({mixed_.data(), inner}, {block.out, d_model}, x_.data(), d_model, batch_, inner,
-              d_model, true);
+        times(mixed, block.out, x_, true);
         normalise();
-        dense(normed, {block.cross_q, inner}, qkv_.data(), inner, batch_, d_model, inner, false);
+        times(normed, block.cross_q, qkv_, false);
         attend(qkv_.data(), inner, b, true);
-        dense({mixed_.data(), inner}, {block.cross_out, d_model}, x_.data(), d_model, batch_, inner,
-              d_model, true);
+        times(mixed, block.cross_out, x_, true);
         normalise();
-        for (size_t n = 0; n < shape.d_ff; n += shape.panel)
-            dense(normed, {block.up + n * d_model, shape.panel}, &up_[n], shape.d_ff, batch_,
-                  d_model, shape.panel, false);
+        times(normed, block.up, up_, false);
         for (float& value : up_) value = std::max(value, 0.0F);
-        dense({up_.data(), shape.d_ff}, {block.down, d_model}, x_.data(), d_model, batch_,
-              shape.d_ff, d_model, true);
+        times({up_.data(), shape.d_ff}, block.down, x_, true);
     }
     normalise();
     for (size_t row = 0; row < batch_; ++row)
         std::copy_n(weights_.bias, shape.outputs, &logits[row * shape.outputs]);
-    dense(normed, {weights_.head, shape.outputs}, logits.data(), shape.outputs, batch_, wide,
-          shape.outputs, true);
+    small_products().packed(normed, weights_.head, logits.data(), shape.outputs, batch_, true);
 }
 
 // Rows of x_ at unit root mean square, beside the token embeddings; scales are in the matrices.

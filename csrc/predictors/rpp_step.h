@@ -1,8 +1,9 @@
 // The Routing Path Predictor's decoder, one token per sequence and call, in the calling thread.
 //
 // What moe_offload/predictors/rpp_model.py computes for whole sequences at once, for the newest
-// position only: keys and values of earlier ones are kept, and the scales of the norms are folded
-// into the matrices behind them. 0.47 M multiply-adds per sequence at the default shape.
+// position only: keys and values of earlier ones are kept, the scales of the norms are folded into
+// the matrices behind them, and these are rounded to bfloat16. 0.47 M multiply-adds per sequence at
+// the default shape.
 #pragma once
 
 #include <cstdint>
@@ -10,31 +11,32 @@
 #include <span>
 #include <vector>
 
+#include "predictors/dense.h"
+
 namespace moe_offload {
 
 struct RppShape {
     size_t vocab = 0, d_model = 0, d_ff = 0, num_heads = 0, d_kv = 0, token_width = 0;
-    size_t panel = 0;        // columns of `up` that lie together, a divisor of d_ff
     size_t outputs = 0;      // layers x experts
     size_t max_decoded = 0;  // positions kept; when they are full the older half leaves
     size_t inner() const { return num_heads * d_kv; }
 };
 
-// Row vectors times these: [in, out], rows side by side. The caller keeps them.
+// Row vectors times these: [in, out]. The caller keeps them.
 struct RppBlock {
-    const float* qkv;        // [d_model, 3 inner]
-    const float* out;        // [inner, d_model]
-    const float* cross_q;    // [d_model, inner]
-    const float* cross_out;  // [inner, d_model]
-    const float* up;         // [d_ff / panel, d_model, panel]: read from memory in one stream
-    const float* down;       // [d_ff, d_model]
+    PackedMatrix qkv;        // [d_model, 3 inner]
+    PackedMatrix out;        // [inner, d_model]
+    PackedMatrix cross_q;    // [d_model, inner]
+    PackedMatrix cross_out;  // [inner, d_model]
+    PackedMatrix up;         // [d_model, d_ff]
+    PackedMatrix down;       // [d_ff, d_model]
 };
 
 struct RppWeights {
     RppShape shape;
     const float* embed;      // [vocab, d_model]
     const float* token;      // [vocab, token_width], straight to the head
-    const float* head;       // [d_model + token_width, outputs]
+    PackedMatrix head;       // [d_model + token_width, outputs]
     const float* bias;       // [outputs]
     const float* positions;  // [num_heads, max_decoded], the last column is distance 0
     std::vector<RppBlock> blocks;

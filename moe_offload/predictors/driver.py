@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from moe_offload._core import Chances, Ranking
+from moe_offload._core import Chances, Ranking, fetch_ahead, tell_policy
 from moe_offload.huggingface.observe import ModelCall, Observer, observe
 from moe_offload.predictors.base import Predictions, Predictor, facts_of
 from moe_offload.predictors.metrics import LiveRecall
@@ -72,7 +72,7 @@ class PrefetchDriver:
         self._routed: tuple[int, Tensor, Tensor] | None = None
         self._standing: dict[int, _Asked] = {}  # by layer: said when the token was known
         self._asked: dict[int, list[_Asked]] = {}  # by layer, until it is routed
-        self._started: dict[int, set[int]] = {}  # by layer: prefetches of this call
+        self._started: dict[int, list[int]] = {}  # by layer: prefetches of this call
         self._lead_ns: dict[str, float] = {}  # by moment: from the prediction to its use
         self._miss_ns = 0.0
         self._chances: dict[str, Chances] = {}
@@ -182,8 +182,7 @@ class PrefetchDriver:
             self._asked.setdefault(layer, []).append(asked)
             if self._tells_policy:
                 pool, local = self._pools[layer]
-                order, chance = asked.ranking.order, asked.ranking.chance
-                pool.pager.predict(local, order, [chance[expert] for expert in order])
+                tell_policy(pool.pager, local, asked.ranking)
             if now < 0:
                 self._standing[layer] = asked  # its turn comes
             else:
@@ -220,22 +219,21 @@ class PrefetchDriver:
         chances = self._chances.get(asked.moment)
         if chances is None:
             chances = self._chances[asked.moment] = Chances()
-        ranking = asked.ranking
-        likely = ranking.likely(chances, self.threshold, ranking.rows * max(self.recall.deep, 1))
-        started = self._started.setdefault(layer, set())
-        if not started.issubset(likely):
-            pool.pager.cancel_prefetches(local, likely)
-            started.intersection_update(likely)
-        if not likely:
-            return True
-        absent = pool.pager.expect(local, likely)
-        chosen = absent[: self._budget(asked.moment)]
-        count = pool.pager.prefetch(local, chosen) if chosen else 0
-        self._started_pages += count
-        started.update(chosen[:count])
-        asked.absent.update(absent)
-        asked.begin_ns = asked.begin_ns or time.perf_counter_ns()
-        return count == len(chosen)
+        any_likely, absent, begun, complete, self._started[layer] = fetch_ahead(
+            pool.pager,
+            local,
+            asked.ranking,
+            chances,
+            self.threshold,
+            asked.ranking.rows * max(self.recall.deep, 1),
+            self._budget(asked.moment),
+            self._started.get(layer, []),
+        )
+        if any_likely:
+            self._started_pages += begun
+            asked.absent.update(absent)
+            asked.begin_ns = asked.begin_ns or time.perf_counter_ns()
+        return complete
 
     def _budget(self, moment: str) -> int:
         """Pages whose copies fit into the time until they are needed, and one that may not."""

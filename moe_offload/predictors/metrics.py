@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_offload._core import Ranking
+from moe_offload._core import FoundPerLayer, Ranking
 
 
 class RecallMeter:
@@ -103,7 +103,7 @@ class LiveRecall:
     def __init__(self, num_layers: int, top_k: int) -> None:
         self._num_layers = num_layers
         self.top_k = self.deep = 0
-        self._rows: dict[str, np.ndarray] = {}  # moment -> [3, L]: tokens, found in A, in A + m
+        self._found: dict[str, FoundPerLayer] = {}  # by moment: tokens, found in A and in A + m
         if top_k:
             self.begin(top_k)
 
@@ -114,25 +114,22 @@ class LiveRecall:
 
     def add(self, moment: str, layer: int, ranking: Ranking, used: np.ndarray) -> None:
         """One prediction against the ids [R, A] that were used; rows of ids >= E do not count."""
-        found = ranking.found(used, self.top_k, self.deep)
-        if found is None:  # of other tokens
-            return
-        if moment not in self._rows:
-            self._rows[moment] = np.zeros((3, self._num_layers))
-        tokens, near, deep = found
-        row = self._rows[moment]
-        row[0, layer] += tokens
-        row[1, layer] += near / self.top_k
-        row[2, layer] += deep / self.top_k
+        sums = self._found.get(moment)
+        if sums is None:
+            sums = self._found[moment] = FoundPerLayer(self._num_layers)
+        sums.add(layer, ranking, used, self.top_k, self.deep)
 
     def summary(self) -> dict[str, object]:
         """JSON-ready, empty before the first scored prediction."""
         found: dict[str, object] = {}
-        for moment, (tokens, near, deep) in sorted(self._rows.items()):
+        for moment, sums in sorted(self._found.items()):
+            tokens, near, deep = sums.sums()
             seen = tokens > 0
             layers = np.flatnonzero(seen).tolist()
-            a = near[seen] / tokens[seen]
-            am = deep[seen] / tokens[seen]
+            if not layers:  # of other tokens
+                continue
+            a = near[seen] / tokens[seen] / self.top_k
+            am = deep[seen] / tokens[seen] / self.top_k
             found[moment] = {
                 "tokens": int(tokens.max()),
                 "top_k": self.top_k,

@@ -3,8 +3,9 @@
 A decoder step is small: 0.45 M multiply-adds at the default shape. As torch modules it is some
 eighty calls of a few microseconds each, which costs more than the arithmetic; as numpy products it
 woke a BLAS's threads on the cores that the model needed (csrc/predictors/dense.h).
-Here the norms' scales are folded into the matrices behind them and csrc/predictors/rpp_step.cpp
-does the rest in the calling thread. The prompt is still encoded by the torch modules, once.
+Here the norms' scales are folded into the matrices behind them, which are rounded to bfloat16,
+because reading them from memory is what a step waits for, and csrc/predictors/rpp_step.cpp does the
+rest in the calling thread. The prompt is still encoded by the torch modules, once.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ _NEVER = np.float32(-1e9)  # added to scores of padding
 
 
 class RppDecoder:
-    """The weights of a model as a session uses them: fp32, folded, row vectors times matrices."""
+    """The weights of a model as a session uses them: folded, row vectors times matrices.
+
+    Attributes:
+        tensors: what is looked up or added, fp32.
+        head, blocks: what is multiplied by, packed bfloat16 (csrc/predictors/dense.h).
+    """
 
     def __init__(self, model: RppModel) -> None:
         self.model, self.config = model, model.config
         self.blocks = [_folded(block) for block in model.decoder_blocks()]
         head = _array(model.head.weight).T.copy()  # [d_model + token_width, L * E]
         head[: self.config.d_model] *= _array(model.decoder_norm.weight)[:, None]
+        self.head = packed(head)
         distance = -torch.arange(self.config.max_decoded - 1, -1, -1)
         with torch.no_grad():
             table = model.decoder_positions(_buckets(distance, both_ways=False))
         self.tensors = {
             "embed": _array(model.embed.weight),
             "token": _array(model.token.weight),
-            "head": np.ascontiguousarray(head),
             "bias": _array(model.head.bias),
             "positions": np.ascontiguousarray(_array(table).T),  # [heads, max_decoded]
         }
@@ -48,17 +54,22 @@ def _folded(block: _DecoderBlock) -> list[np.ndarray]:
         _array(block.attention.out.weight).T,
         _array(block.cross.q.weight).T * cross[:, None],
         _array(block.cross.out.weight).T,
-        _panels(_array(block.up.weight).T * _array(block.mlp_norm.weight)[:, None]),
+        _array(block.up.weight).T * _array(block.mlp_norm.weight)[:, None],
         _array(block.down.weight).T,
     )
-    return [np.ascontiguousarray(matrix) for matrix in found]
+    return [packed(matrix) for matrix in found]
 
 
-def _panels(matrix: np.ndarray) -> np.ndarray:
-    """[d_model, d_ff] -> [d_ff / 64, d_model, 64], so that products read it in one stream."""
-    rows, columns = matrix.shape
-    width = 64 if columns % 64 == 0 else columns
-    return matrix.reshape(rows, -1, width).transpose(1, 0, 2)
+def packed(matrix: np.ndarray) -> np.ndarray:
+    """[inner, columns] fp32 -> [columns / PANEL, rounded up, inner, PANEL], bits of bfloat16."""
+    inner, columns = matrix.shape
+    width = _core.PANEL
+    padded = np.zeros((inner, -(-columns // width) * width), np.float32)
+    padded[:, :columns] = matrix
+    panels = padded.reshape(inner, -1, width).transpose(1, 0, 2)
+    halves = torch.from_numpy(np.ascontiguousarray(panels)).bfloat16().view(torch.int16)
+    found: np.ndarray = halves.numpy().view(np.uint16)
+    return found
 
 
 class RppSession:
@@ -71,8 +82,8 @@ class RppSession:
 
     Cost of a step: 2 x (decoder parameters + head) FLOPs, 0.94 MFLOP at the default shape, and
     attention over prompt and decoded tokens, in the calling thread. Logits equal those of
-    `RppModel.forward` on the whole sequence up to rounding, and a sequence's do not depend on its
-    neighbours in the batch.
+    `RppModel.forward` on the whole sequence up to rounding, the folded weights' to bfloat16 first,
+    and a sequence's do not depend on its neighbours in the batch.
     """
 
     def __init__(self, decoder: RppDecoder, prompt: Tensor, keep: Tensor | None = None) -> None:
@@ -92,7 +103,7 @@ class RppSession:
                 memory.append(
                     (_array(keys.transpose(2, 3).contiguous()), _array(values.contiguous()))
                 )
-        self._step = _core.RppStep(decoder.tensors, decoder.blocks, memory, hidden)
+        self._step = _core.RppStep(decoder.tensors, decoder.head, decoder.blocks, memory, hidden)
 
     def chances(self, tokens: Tensor) -> np.ndarray:
         """`step` as probabilities, [B, L, E]."""
