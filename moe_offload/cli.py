@@ -161,9 +161,9 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         choices=LIVE_POLICIES,
-        default="lru",
+        default="auto",
         metavar="POLICY",
-        help="which expert leaves (lru)",
+        help="which expert leaves (auto)",
     )
     parser.add_argument(
         "--prompt",
@@ -226,7 +226,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="F", help="a file that holds it; - for stdin")
-    parser.add_argument("--policy", choices=LIVE_POLICIES, help="which expert leaves (lru)")
+    parser.add_argument("--policy", choices=LIVE_POLICIES, help="which expert leaves (auto)")
     parser.add_argument(
         "--predictor",
         metavar="P",

@@ -83,8 +83,9 @@ class OffloadConfig:
 
     Attributes:
         device_budget: what experts may occupy on the compute device, see `parse_budget`.
-        policy: which resident page leaves first: "lru" over all layers, "lru-per-layer", "lfu",
-            "static", "score", "auto", ...: a name in `moe_offload.policies.LIVE_POLICIES`.
+        policy: which resident page leaves first: "auto" (learned from this model's routing, or
+            least recently used while that does better), "lru" over all layers, "lru-per-layer",
+            "lfu", "static", "score", ...: a name in `moe_offload.policies.LIVE_POLICIES`.
         predictor: what is fetched ahead of need: "none", "auto" (what the measurements in
             docs/predictors.md say pays: "lookahead-0" for pages of 4 MiB and more that are read
             from disk on a CPU machine, else nothing), "previous", "recall", "lookahead-0",
@@ -135,7 +136,7 @@ class OffloadConfig:
     """
 
     device_budget: int | str = "25%"
-    policy: str = "lru"
+    policy: str = "auto"
     predictor: Any = "auto"
     prefetch_threshold: float = 0.5
     preset: str | None = None

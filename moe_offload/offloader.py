@@ -207,7 +207,7 @@ class Offloader:
             "num_slots": sum(pool.num_slots for pool in self.pools),
             "num_pages": sum(self._num_pages),
             "resident_pages": sum(len(pool.pager.residents()) for pool in self.pools),
-            "policy": self.config.policy,
+            "policy": self._policy(),
             "lossy": self.lossy,
             "dense_backend": "native" if self.config.native_dense else "torch",
             "expert_backend": "/".join(sorted({row["expert_backend"] for row in per_layer})),
@@ -221,6 +221,9 @@ class Offloader:
             **self._host_stats(),
             "per_layer": per_layer,
         }
+
+    def _policy(self) -> str:
+        return "/".join(sorted({pool.policy for pool in self.pools}))
 
     def _host_stats(self) -> dict[str, Any]:
         """Of the way to a GPU, summed over pools; nothing on the CPU."""
@@ -380,7 +383,7 @@ class Offloader:
         state = "closed" if self._closed else format_bytes(self.device_budget_bytes)
         return (
             f"Offloader({len(self.layers)} layers, {sum(self._num_pages)} experts, {state} of "
-            f"{format_bytes(self.total_expert_bytes)}, policy={self.config.policy!r})"
+            f"{format_bytes(self.total_expert_bytes)}, policy={self._policy()!r})"
         )
 
 

@@ -114,7 +114,10 @@ class ExpertPool:
 
     @property
     def policy(self) -> str:
-        return self._config.policy
+        """The policy at work. Where every page has a slot nobody ever leaves, and "auto" would
+        learn for nothing: then it is "lru"."""
+        configured = self._config.policy
+        return "lru" if configured == "auto" and self.num_slots >= self.num_pages else configured
 
     @property
     def num_pages(self) -> int:
@@ -135,7 +138,7 @@ class ExpertPool:
             slots=self.slab.data_ptr(),
             num_slots=slots,
             slot_stride=self.slot_stride,
-            policy=self._config.policy,
+            policy=self.policy,
             kept=kept,
             io_engine=self._config.io_engine,
             num_threads=self._config.io_threads,

@@ -72,3 +72,17 @@ def test_policies_are_told_tokens_weights_routes_and_sequences(asks):
         assert experts == sorted(set(ids.reshape(-1).tolist()))
         expected = [topk_weights[ids == expert].sum().item() for expert in experts]
         assert weights == (pytest.approx(expected, rel=1e-6) if asks else [])
+
+
+def test_the_default_learns_where_pages_must_leave_and_rests_where_none_does() -> None:
+    model = tiny_model("qwen3_moe")
+    with moe_offload.offload(model, device_budget="50%") as offloader:
+        assert offloader.stats()["policy"] == "auto"
+        assert "policy='auto'" in repr(offloader)
+        offloader.resize("100%")
+        assert offloader.stats()["policy"] == "lru"
+        model(prompt_ids(8))
+        offloader.resize("25%")
+        assert offloader.stats()["policy"] == "auto"
+    with moe_offload.offload(model, device_budget="100%", policy="lfu") as offloader:
+        assert offloader.stats()["policy"] == "lfu"

@@ -84,7 +84,7 @@ def test_offloaded_and_resident_rows_agree_and_only_pagers_have_events():
     same(resident, paged)
     assert resident.events is None
     assert paged.events.num_slots == 4
-    assert paged.events.policy == "lru"
+    assert paged.events.policy == "auto"
     assert (paged.events.kinds == 0).sum() == 4 * 2
 
 
@@ -98,7 +98,7 @@ def test_files_come_back_as_they_were(tmp_path):
     same(trace, loaded)
     for name, array in trace.events.arrays().items():
         np.testing.assert_array_equal(array, getattr(loaded.events, name))
-    assert (loaded.events.num_slots, loaded.events.policy) == (4, "lru")
+    assert (loaded.events.num_slots, loaded.events.policy) == (4, "auto")
     trace.weights = None
     trace.save(tmp_path / "b.npz")
     same(trace, read_trace(tmp_path / "b.npz"))

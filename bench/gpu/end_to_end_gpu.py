@@ -1,8 +1,8 @@
 """Whole models on a GPU that could hold a part of their experts: tokens per second at four budgets.
 
 Random-weight models of real shapes, with as many layers as fit the time, built in host memory.
-Contenders: experts paged with an LRU that loads on demand ("lru", our own baseline), the default
-settings where they differ, and accelerate's CPU offload, which moves each experts module whole.
+Contenders: experts paged on demand with policy="lru" (the default, "auto", can learn nothing from
+random routing), and accelerate's CPU offload, which moves each experts module whole.
 The same prompt and the same greedy loop for all; a budget whose tokens differ from those with
 everything resident prints no time. Random routers route close to uniformly: the hardest case for
 a cache, so hit rates here are lower than a trained model's.

@@ -61,10 +61,12 @@ class SlotTable {
     // Decides for the misses of a request, whose hits are pinned and touched: who gets a slot to
     // stay in, who passes through whose slot. Each miss appears once, in the order copies should
     // be asked for, its slot pinned on its behalf; {} when every slot is pinned by others (or the
-    // policy needs none). At most `limit` misses stay, unless the policy chooses itself. Valid
-    // until the next call. `fresh`: hits on pages that were fetched ahead and never used before. In
-    // a scan they pass through, as the misses that they would have been: they have no slot of their
-    // own any more, and misses are chained behind them.
+    // policy needs none). At most `limit` misses stay, unless the policy chooses itself: then
+    // the others of a prompt pass through a few slots that are left free for the next
+    // layer's. Valid until the next call. `fresh`: hits on pages that were fetched ahead and never
+    // used before. In a scan, or a prompt, they pass through, as the misses that
+    // they would have been: they have no slot of their own any more, and misses are chained behind
+    // them.
     const std::vector<Admitted>& admit(const LayerRequest& request, std::span<const int32_t> misses,
                                        std::span<const int32_t> fresh, size_t limit,
                                        const Circumstances& live);
@@ -83,8 +85,15 @@ class SlotTable {
 
   private:
     void give(SlotIndex slot, PageIndex page);
+    size_t passages(const LayerRequest& request, size_t limit) const;
+    void pass_through(const LayerRequest& request, std::span<const int32_t> fresh);
     bool take(const LayerRequest& request, int32_t item, bool forced, bool from_hits,
-              const Circumstances& live);
+              size_t keep_free, const Circumstances& live);
+    bool open_passage(const LayerRequest& request, bool from_hits, const Circumstances& live);
+    int32_t hit_of(const LayerRequest& request, PageIndex page, const Circumstances& live) const;
+    PageIndex find_victim(const LayerRequest& request, PageIndex incoming, bool from_hits,
+                          const Circumstances& live) const;
+    SlotIndex evict(const LayerRequest& request, PageIndex victim, int32_t& after);
 
     std::vector<SlotIndex> slot_of_;
     std::vector<PageIndex> page_in_;

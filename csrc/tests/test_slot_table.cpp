@@ -1,6 +1,7 @@
 // The slot table: pinned slots are nobody's victim, and bookkeeping agrees with a plain map.
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <random>
 #include <set>
 #include <tuple>
@@ -99,6 +100,61 @@ void a_scan_leaves_most_of_the_cache() {
     CHECK(ask(0, 1) == Seen(21, 12, 12));  // one token: its share, as ever
 }
 
+// Keeps what is resident, oldest out first when it must.
+class Stubborn final : public EvictionPolicy {
+  public:
+    void insert(PageIndex page) override { pages_.push_back(page); }
+    void touch(PageIndex) override {}
+    void erase(PageIndex page) override { std::erase(pages_, page); }
+    PageIndex victim(PageIndex, const MayEvict& may_evict) const override {
+        const auto found = std::find_if(pages_.begin(), pages_.end(), may_evict);
+        return found == pages_.end() ? kNoPage : *found;
+    }
+    bool chooses() const override { return true; }
+    bool admits(PageIndex, PageIndex) const override { return false; }
+
+  private:
+    std::vector<PageIndex> pages_;
+};
+
+// 64 slots, three layers of 60 experts, all slots with pages of the last. A prompt's misses pass
+// through four of them, which stay free for the next layer's: nobody else leaves. A token's stay in
+// what is free; else two of many do.
+void a_prompts_misses_pass_through_slots_that_stay_free() {
+    SlotTable table(180, 64, std::make_unique<Stubborn>());
+    for (PageIndex page = 116; page < 180; ++page) table.place(page, nullptr, true);
+    const auto ask = [&](int32_t layer, size_t count, int32_t num_tokens) {
+        std::vector<PageIndex> pages;
+        std::vector<int32_t> misses;
+        for (size_t i = 0; i < count; ++i) {
+            pages.push_back(PageIndex(60 * layer) + PageIndex(i));
+            misses.push_back(int32_t(i));
+        }
+        LayerRequest request{layer, pages, {}, num_tokens, 0};
+        table.begin_request(request);
+        const auto admitted = table.admit(request, misses, {}, 22, {});
+        CHECK_EQ(admitted.size(), count);
+        std::map<SlotIndex, int32_t> last;  // item in the slot before
+        for (const auto& one : admitted) {
+            CHECK_EQ(one.after, last.contains(one.slot) ? last[one.slot] : -1);
+            last[one.slot] = one.item;
+        }
+        for (const auto& one : admitted) table.unpin(one.slot);
+        return last.size();
+    };
+    CHECK_EQ(ask(0, 50, 100), 4u);
+    CHECK_EQ(table.evicted().size(), 4u);
+    CHECK_EQ(table.num_free(), 4u);
+    CHECK_EQ(ask(1, 50, 100), 4u);
+    CHECK_EQ(table.evicted().size(), 0u);
+    CHECK_EQ(table.num_free(), 4u);
+    CHECK_EQ(ask(0, 3, 100), 3u);  // no more passages than misses
+    CHECK_EQ(table.num_free(), 4u);
+    CHECK_EQ(ask(1, 3, 1), 3u);  // they stay, in free slots
+    CHECK_EQ(table.num_free(), 1u);
+    CHECK_EQ(ask(0, 8, kMaxRoutedTokens), 2u);
+}
+
 void random_operations_agree_with_a_map() {
     constexpr PageIndex kPages = 20;
     constexpr size_t kSlots = 6;
@@ -141,5 +197,6 @@ int main() {
     RUN(pinned_slots_are_never_victims);
     RUN(a_dropped_pinned_slot_is_free_only_after_the_last_unpin);
     RUN(a_scan_leaves_most_of_the_cache);
+    RUN(a_prompts_misses_pass_through_slots_that_stay_free);
     RUN(random_operations_agree_with_a_map);
 }
