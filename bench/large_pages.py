@@ -3,10 +3,10 @@
 Random weights route alike everywhere, so no policy can help there (end_to_end.py, full_size.py),
 and the packaged model, whose routing is learned, has pages of 98 kB. Here its experts' inner size
 is padded with zeros: every token takes the same experts as before and gets the same result, but a
-page is FACTOR times as large, to read and to compute. Policies and predictors take turns on the same
-prompts (Alpaca, WMT16, SciTLDR and AIME 2024 in turn), in one process, in alternating order; every
-model's tokens are compared. Ratios are of the same prompt, seconds apart; the first prompts, while
-the caches fill, do not count.
+page is FACTOR times as large, to read and to compute. Policies and predictors take turns on the
+same prompts (Alpaca, WMT16, SciTLDR and AIME 2024 in turn), in one process, in alternating order;
+every model's tokens are compared. Ratios are of the same prompt, seconds apart; the first prompts,
+while the caches fill, do not count.
 
     python bench/large_pages.py --data FOLDER          about a quarter of an hour, 4 GB in --workdir
     python bench/large_pages.py --data FOLDER --quick  does it run?
