@@ -130,12 +130,13 @@ def main() -> None:
     cases = []
     for budget in BUDGETS:
         for batch in BATCHES:
-            model = moe_offload.from_pretrained(path, device_budget=budget)
+            # Under one policy that learns nothing, so that predictors differ and nothing else.
+            model = moe_offload.from_pretrained(path, device_budget=budget, policy="lru")
             case = {"model": "tiny", "budget": budget, "batch": batch}
             prompts = prompts_of(tokenizer, batch)
             cases.append(measure(case, model, prompts, makers, NEW_TOKENS, args.repeats))
     if args.checkpoint is not None:
-        model = moe_offload.from_pretrained(args.checkpoint, device_budget="25%")
+        model = moe_offload.from_pretrained(args.checkpoint, device_budget="25%", policy="lru")
         case = {"model": args.checkpoint.name, "budget": "25%", "batch": 1}
         ids = torch.randint(3, model.config.vocab_size, (2, 1, 16), generator=seeded(torch))
         prompts = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
