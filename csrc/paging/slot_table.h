@@ -61,12 +61,11 @@ class SlotTable {
     // Decides for the misses of a request, whose hits are pinned and touched: who gets a slot to
     // stay in, who passes through whose slot. Each miss appears once, in the order copies should
     // be asked for, its slot pinned on its behalf; {} when every slot is pinned by others (or the
-    // policy needs none). At most `limit` misses stay, unless the policy chooses itself: then
-    // the others of a prompt pass through a few slots that are left free for the next
-    // layer's. Valid until the next call. `fresh`: hits on pages that were fetched ahead and never
-    // used before. In a scan, or a prompt, they pass through, as the misses that
-    // they would have been: they have no slot of their own any more, and misses are chained behind
-    // them.
+    // policy needs none). At most `limit` misses stay, unless the policy chooses itself: then the
+    // others of a prompt pass through a few slots that are left free for the next layer's. Valid
+    // until the next call. `fresh`: hits on pages that were fetched ahead and never used before. In
+    // a scan or a prompt they pass through, as the misses that they would have been: they have no
+    // slot of their own any more, and misses are chained behind them.
     const std::vector<Admitted>& admit(const LayerRequest& request, std::span<const int32_t> misses,
                                        std::span<const int32_t> fresh, size_t limit,
                                        const Circumstances& live);
