@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,6 +144,12 @@ class Comparison:
                 worker.stop()
             for group in groups.values():
                 group.remove()
+
+    def observed(self) -> Row:
+        """The raw observations, without the paths of this machine."""
+        record = asdict(self)
+        del record["commands"]
+        return record
 
     def _make_groups(self, isolation: Isolation) -> dict[str, MemoryGroup]:
         groups: dict[str, MemoryGroup] = {}

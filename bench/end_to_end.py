@@ -16,15 +16,13 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import checkpoints
 from checkpoints import Spec
 from comparison import Comparison, Isolation
-from harness import Row, environment, machine_name, pin_to_cores, print_table, save
+from harness import Row, environment, machine_name, pin_to_cores, print_table, save, workdir
 from report import (
     ACCELERATE,
     ALLOWANCE_BYTES,
@@ -156,7 +154,7 @@ def main() -> None:
         "tokens_equal_to_resident": compared,
         "targets": targets,
         "rows": list(rows.values()),
-        "comparisons": [observed(comparison) for comparison in (quarter, whole)],
+        "comparisons": [comparison.observed() for comparison in (quarter, whole)],
     }
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
@@ -165,25 +163,6 @@ def main() -> None:
         name = "end_to_end_quick" if arguments.quick else "end_to_end"
         path = save(name, results, arguments.machine or machine_name())
     print(f"\nwritten to {path}")
-
-
-@contextmanager
-def workdir(given: Path | None, temporary: bool) -> Iterator[Path]:
-    """The folder for checkpoints: as given, a temporary one, or one that stays in the cache."""
-    if given is None and temporary:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    path = given or Path.home() / ".cache" / "moe_offload_bench"
-    path.mkdir(parents=True, exist_ok=True)
-    yield path
-
-
-def observed(comparison: Comparison) -> Row:
-    """The raw observations, without the paths of this machine."""
-    record = asdict(comparison)
-    del record["commands"]
-    return record
 
 
 if __name__ == "__main__":

@@ -19,14 +19,22 @@ from pathlib import Path
 
 import checkpoints
 from comparison import Comparison, Isolation
-from end_to_end import observed, workdir
-from harness import Row, environment, machine_name, median, pin_to_cores, print_table, save
+from harness import (
+    Row,
+    environment,
+    machine_name,
+    median,
+    pin_to_cores,
+    print_table,
+    save,
+    workdir,
+)
 from report import best_disk, missing_bytes, show, summarise
 
 NUM_CORES = 2
 OURS = "moe_offload"
 BUDGETS = ("14GiB", "4GiB")
-# Beyond weights and budget; of the two the first prompt's activations are the larger part.
+# Beyond weights and budget, for libraries and activations.
 ALLOWANCE_BYTES = 1_000_000_000
 QUICK = replace(
     checkpoints.QWEN3_30B,
@@ -104,7 +112,7 @@ def main() -> None:
         "expert_bytes": spec.expert_bytes,
         "page_bytes": spec.page_bytes,
         "rows": rows,
-        "comparisons": [observed(comparison) for comparison in comparisons],
+        "comparisons": [comparison.observed() for comparison in comparisons],
     }
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")

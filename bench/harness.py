@@ -15,7 +15,9 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,15 @@ def save(name: str, results: Row, machine: str | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
+
+
+@contextmanager
+def workdir(given: Path | None, temporary: bool) -> Iterator[Path]:
+    """The folder for checkpoints: as given, a temporary one, or one that stays in the cache."""
+    if given is None and temporary:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    path = given or Path.home() / ".cache" / "moe_offload_bench"
+    path.mkdir(parents=True, exist_ok=True)
+    yield path

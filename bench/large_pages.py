@@ -26,8 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "expertflow"))
 
-from end_to_end import workdir
-from harness import Row, environment, machine_name, pin_to_cores, print_table, save, spread
+from harness import Row, environment, machine_name, pin_to_cores, print_table, save, spread, workdir
 from workloads import prompts
 
 BASE = "lru"  # what the others are compared with, without a predictor

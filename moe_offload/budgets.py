@@ -45,19 +45,19 @@ def plan_slots(
     return slots
 
 
-def check_memory(num_bytes: int, budget: int | str, available_bytes: int | None = None) -> None:
+def check_memory(num_bytes: int, budget: int | str, freed_bytes: int = 0) -> None:
     """Slots in host memory must fit in what is free now: it is taken little by little, and a
     process that is killed for it in the middle of a text could have been told.
 
     Args:
         num_bytes: what the slots may come to occupy.
         budget: as the user gave it, for the message.
-        available_bytes: memory that is free; default: asked of the system.
+        freed_bytes: of slots that are given back before.
 
     Raises:
         BudgetError: they do not fit.
     """
-    free = available_memory_bytes() if available_bytes is None else available_bytes
+    free = available_memory_bytes() + freed_bytes
     if num_bytes > free:
         raise BudgetError(
             f"device_budget: {budget!r} is {format_bytes(num_bytes)} of slots, but only "

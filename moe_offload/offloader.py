@@ -21,7 +21,6 @@ from moe_offload.config import OffloadConfig, format_bytes
 from moe_offload.device import ComputeDevice, open_device
 from moe_offload.errors import StateError
 from moe_offload.expert_layer import ExpertLayer
-from moe_offload.memory import available_memory_bytes
 from moe_offload.pager import ExpertPool, PagedLayer
 from moe_offload.pages import PageLayout
 from moe_offload.sources import PageSource
@@ -269,8 +268,7 @@ class Offloader:
         self._check_open("resize")
         slots = plan_slots(self._layouts, self._num_pages, device_budget)
         if self.device.cuda is None:
-            free = available_memory_bytes() + self.device_budget_bytes  # which go before
-            check_memory(self._bytes_of(slots), device_budget, free)
+            check_memory(self._bytes_of(slots), device_budget, self.device_budget_bytes)
         for pool, num_slots in zip(self.pools, slots, strict=True):
             if num_slots != pool.num_slots:
                 pool.resize(num_slots)

@@ -140,3 +140,15 @@ def test_time_of_overlapping_copies_counts_once(report) -> None:
     spans = [(0.0, 2.0), (1.0, 3.0), (1.5, 1.7), (5.0, 6.0)]
     assert contenders._union(spans) == 4.0
     assert contenders._union([]) == 0.0
+
+
+def test_a_model_of_any_size_gives_the_same_tokens_at_every_budget(tmp_path: Path) -> None:
+    output = tmp_path / "full_size.json"
+    command = [sys.executable, BENCH / "full_size.py", "--quick", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert [row["budget"] for row in results["rows"]] == ["25%", "50%"]
+    assert [row["slots"] for row in results["rows"]] == [8, 16]  # of 2 x 16
+    assert all(row["pages_per_token"] == 16 for row in results["rows"])  # 2 layers, top-8
+    assert results["comparisons"][0]["turns"]["moe_offload"][0]["tokens"]

@@ -14,7 +14,6 @@ import torch
 from experts import random_routing, random_weights, write_page_file
 
 from moe_offload import _core, budgets, pager
-from moe_offload import offloader as offloader_module
 from moe_offload.budgets import plan_slots, smallest_budget
 from moe_offload.config import OffloadConfig
 from moe_offload.errors import BudgetError, PageReadError, StateError
@@ -187,7 +186,7 @@ def test_more_slots_than_free_memory_are_refused_and_nothing_changes(page_file, 
         Offloader(described, pages, config)
     monkeypatch.setattr(budgets, "available_memory_bytes", lambda: total // 2)
     with Offloader(described, pages, config) as offloader:
-        monkeypatch.setattr(offloader_module, "available_memory_bytes", lambda: total // 4)
+        monkeypatch.setattr(budgets, "available_memory_bytes", lambda: total // 4)
         offloader.resize("70%")  # the old half goes first
         with pytest.raises(BudgetError, match=r"device_budget: '100%' is"):
             offloader.resize("100%")
