@@ -53,10 +53,10 @@ void FfnRun::set(ProductArgs& a, const Group& group, const WeightView& matrix,
 void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group& group,
                      int64_t first, int64_t last, std::byte* buffer) const {
     const Kernels& k = kernels_;
-    const auto scratch = make_scratch(k, std::max(shape_.hidden, shape_.inner));
+    const auto scratch = make_scratch(k, group.few, std::max(shape_.hidden, shape_.inner));
     GateUpArgs a{};
     set(a, group, weights.up, weights.up_bias, how.up_in_place, first, last);
-    a.scratch = scratch.get();
+    a.scratch = scratch.data();
     a.x = buffer + group.x;
     a.gate = weights.gate.slot(group.slot);
     a.up = weights.up.slot(group.slot);
@@ -87,10 +87,10 @@ void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group&
 void FfnRun::down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
                   int64_t last, std::byte* buffer) const {
     const Kernels& k = kernels_;
-    const auto scratch = make_scratch(k, std::max(shape_.hidden, shape_.inner));
+    const auto scratch = make_scratch(k, group.few, std::max(shape_.hidden, shape_.inner));
     DownArgs a{};
     set(a, group, weights.down, weights.down_bias, how.down_in_place, first, last);
-    a.scratch = scratch.get();
+    a.scratch = scratch.data();
     a.h = buffer + group.h;
     a.down = weights.down.slot(group.slot);
     a.bias = weights.down_bias.slot(group.slot);

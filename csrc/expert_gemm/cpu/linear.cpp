@@ -4,7 +4,6 @@
 #include <numeric>
 #include <vector>
 
-#include "expert_gemm/cpu/buffers.h"
 #include "expert_gemm/cpu/sharing.h"
 #include "expert_gemm/cpu/thread_pool.h"
 
@@ -50,7 +49,7 @@ void linear(const LinearInput& input, std::span<const LinearOutput> outputs, Dty
         const Task& task = tasks[static_cast<size_t>(number)];
         const LinearOutput& output = outputs[task.output];
         const int64_t first = task.part * part;
-        const auto scratch = make_scratch(k, in);
+        const auto scratch = make_scratch(k, few, in);
         DownArgs a{};
         a.rows = std::min(part, rows - first);
         a.hidden = output.out;
@@ -59,7 +58,7 @@ void linear(const LinearInput& input, std::span<const LinearOutput> outputs, Dty
         a.bias_stride = item;
         a.begin = task.begin;
         a.end = std::min(output.out, task.begin + chunk);
-        a.scratch = scratch.get();
+        a.scratch = scratch.data();
         a.h = packed.data() + k.row_offset(first, few, in);
         a.down = output.weight;
         a.bias = output.bias;

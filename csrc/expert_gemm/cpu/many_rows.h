@@ -38,8 +38,10 @@ struct VectorTile {
     using Op = Op_;
     static constexpr int kMaxVectors = MaxMV;
     static constexpr int kRows = NRows;
+    static constexpr int64_t kBlockRows = MaxMV * Op::L::kWidth;
     static constexpr int kBlockPad = Op::kBlockPad;
     static constexpr int64_t kSumK = 256;
+    static constexpr int64_t kFewRows = kMostFewRows;
 
     // Weight rows at a time: AVX2's 16 registers hold their sums, a broadcast and a block's vectors
     // of x; eight sums at least hide the latency of an addition.
@@ -51,16 +53,60 @@ struct VectorTile {
     static void begin() {}
     static void end() {}
 
-    // c[n][Block::kStride] = sum_k w[n][k] x[k][:]; weights as tile_rows() leaves them
+    // What rows that are widened need: a piece of K of all of them lies together,
+    // [K / kSumK][kRows][kSumK]. Whole rows would be a multiple of 4096 bytes apart and fall into
+    // the same sets of the L1.
+    static size_t scratch_bytes(int64_t max_k) {
+        if constexpr (!Op::kConvert) return 0;
+        return static_cast<size_t>((max_k + kSumK - 1) / kSumK * kRows * kSumK) * sizeof(float);
+    }
+
+    struct Rows {
+        const typename Op::B* row[kRows];
+        int64_t ahead;  // elements to what the first block fetches into the L2; 0: nothing
+    };
+
+    // Weight rows as run() wants them: in place, or widened into `scratch`; then the rows `ahead`
+    // elements further on are fetched here.
+    static Rows take(const typename Op::T* const* from, int64_t k_size, int64_t ahead, int64_t,
+                     std::byte* scratch) {
+        Rows rows;
+        rows.ahead = Op::kConvert ? 0 : ahead;
+        if constexpr (Op::kConvert) {
+            using L = typename Op::L;
+            constexpr int64_t kLine = 64 / sizeof(typename Op::T);
+            for (int n = 0; n < kRows; ++n) {
+                float* to = reinterpret_cast<float*>(scratch) + n * kSumK;
+                rows.row[n] = to;
+                for (int64_t begin = 0; begin < k_size; begin += kSumK, to += kRows * kSumK) {
+                    const typename Op::T* w = from[n] + begin;
+                    const int64_t count = k_size - begin < kSumK ? k_size - begin : kSumK;
+                    int64_t k = 0;
+                    for (; k + kLine <= count; k += kLine) {
+                        __builtin_prefetch(w + k + ahead, 0, 2);
+                        for (int64_t i = k; i < k + kLine; i += L::kWidth)
+                            L::store(to + i, L::load(w + i));
+                    }
+                    for (; k < count; ++k) to[k] = widen(w[k]);
+                }
+            }
+        } else {
+            for (int n = 0; n < kRows; ++n) rows.row[n] = from[n];
+        }
+        return rows;
+    }
+
+    // c[n][Block::kStride] = sum_k w[n][k] x[k][:], of block `number` of x
     template <class Block>
-    static void run(const typename Op::X* x, const typename Op::B* const* w, int64_t k_size,
-                    int64_t prefetch, float* c) {
+    static void run(const typename Op::X* x, const Rows& w, int64_t k_size, int64_t number,
+                    float* c) {
         constexpr int NR = rows_at_a_time(Block::kVectors);
         static_assert(kRows % NR == 0 && kSumK % Op::kPair == 0);
+        const int64_t prefetch = number == 0 ? w.ahead : 0;
         for (int64_t k = 0; k < k_size; k += kSumK) {
             const int64_t count = k_size - k < kSumK ? k_size - k : kSumK;
             for (int n = 0; n < kRows; n += NR)
-                add_piece<Block, NR>(x + k * Block::kWidth, w + n, Op::kConvert ? k * kRows : k,
+                add_piece<Block, NR>(x + k * Block::kWidth, w.row + n, Op::kConvert ? k * kRows : k,
                                      count, prefetch, k == 0, c + n * Block::kStride);
         }
     }
@@ -137,45 +183,6 @@ struct VectorTile {
     }
 };
 
-// Rows n of a matrix as the tile wants them: in place, or widened into `scratch`; then the rows
-// `prefetch` elements ahead are fetched here, not by the tile. There a piece of K of all rows lies
-// together, [K / kSumK][kRows][kSumK]: whole rows would be a multiple of 4096 bytes apart and fall
-// into the same sets of the L1.
-template <class Tile, class Op = typename Tile::Op>
-inline void tile_rows(const typename Op::T* const* from, int64_t k_size, int64_t prefetch,
-                      const typename Op::B** rows, std::byte* scratch) {
-    if constexpr (Op::kConvert) {
-        using L = typename Op::L;
-        constexpr int64_t kPiece = Tile::kSumK, kLine = 64 / sizeof(typename Op::T);
-        for (int n = 0; n < Tile::kRows; ++n) {
-            float* to = reinterpret_cast<float*>(scratch) + n * kPiece;
-            rows[n] = to;
-            for (int64_t begin = 0; begin < k_size; begin += kPiece, to += Tile::kRows * kPiece) {
-                const typename Op::T* w = from[n] + begin;
-                const int64_t count = k_size - begin < kPiece ? k_size - begin : kPiece;
-                int64_t k = 0;
-                for (; k + kLine <= count; k += kLine) {
-                    __builtin_prefetch(w + k + prefetch, 0, 2);
-                    for (int64_t i = k; i < k + kLine; i += L::kWidth)
-                        L::store(to + i, L::load(w + i));
-                }
-                for (; k < count; ++k) to[k] = widen(w[k]);
-            }
-        }
-    } else {
-        for (int n = 0; n < Tile::kRows; ++n) rows[n] = from[n];
-    }
-}
-
-template <class Tile>
-size_t scratch_bytes(int64_t max_k) {
-    if constexpr (Tile::Op::kConvert) {
-        const int64_t pieces = (max_k + Tile::kSumK - 1) / Tile::kSumK;
-        return static_cast<size_t>(pieces * Tile::kRows * Tile::kSumK) * sizeof(float);
-    }
-    return 0;
-}
-
 template <class Op>
 inline typename Op::L::V bias_at(const std::byte* bias, int64_t stride, int64_t n) {
     if (!bias) return Op::L::set(0.0f);
@@ -201,7 +208,6 @@ void gate_up_many(const GateUpArgs& a) {
     Tile::begin();
     for (int64_t f = a.begin; f < a.end; f += features) {
         const T* from[Tile::kRows];
-        const typename Op::B* w[Tile::kRows];
         const auto row = [&](const std::byte* matrix, int64_t n) {
             return reinterpret_cast<const T*>(matrix +
                                               (n < a.inner ? n : a.inner - 1) * a.row_stride);
@@ -217,12 +223,12 @@ void gate_up_many(const GateUpArgs& a) {
         // The last tile writes the padding of K too: zero weights meet it, and 0 * NaN is not 0.
         const int64_t covered = f + features < a.inner ? features : h_k - f;
         const int64_t prefetch = f + ahead < a.end ? ahead * a.row_stride / kItem : 0;
-        tile_rows<Tile>(from, a.hidden, prefetch, w, a.scratch);
+        const auto w = Tile::take(from, a.hidden, prefetch, a.rows, a.scratch);
         for_blocks<Tile>(a.rows, [&](int64_t first, int64_t, auto block) {
             using B = decltype(block);
             const auto* x = static_cast<const typename Op::X*>(a.x) + first * x_k;
             auto* h = static_cast<typename Op::X*>(a.h) + first * h_k;
-            Tile::template run<B>(x, w, a.hidden, first == 0 && !Op::kConvert ? prefetch : 0, c);
+            Tile::template run<B>(x, w, a.hidden, first / Tile::kBlockRows, c);
             for (int64_t i = 0; i < covered; i += 2) {
                 typename L::V pair[2];
                 for (int v = 0; v < B::kVectors + B::kHalf; ++v) {
@@ -299,7 +305,6 @@ void down_many(const DownArgs& a) {
     Tile::begin();
     for (int64_t n = a.begin; n < a.end; n += Tile::kRows) {
         const T* from[Tile::kRows];
-        const typename Op::B* w[Tile::kRows];
         float bias[Tile::kRows];
         for (int64_t i = 0; i < Tile::kRows; ++i) {
             const int64_t row = n + i < a.hidden ? n + i : a.hidden - 1;
@@ -308,11 +313,11 @@ void down_many(const DownArgs& a) {
                 a.bias ? widen(*reinterpret_cast<const T*>(a.bias + row * a.bias_stride)) : 0.0f;
         }
         const int64_t prefetch = n + ahead < a.end ? ahead * a.row_stride / kItem : 0;
-        tile_rows<Tile>(from, a.inner, prefetch, w, a.scratch);
+        const auto w = Tile::take(from, a.inner, prefetch, a.rows, a.scratch);
         for_blocks<Tile>(a.rows, [&](int64_t first, int64_t rows, auto block) {
             using B = decltype(block);
             const auto* h = static_cast<const typename Op::X*>(a.h) + first * h_k;
-            Tile::template run<B>(h, w, a.inner, first == 0 && !Op::kConvert ? prefetch : 0, c);
+            Tile::template run<B>(h, w, a.inner, first / Tile::kBlockRows, c);
             for (int64_t i = 0; i < Tile::kRows && n + i < a.end; i += 8) {
                 const int64_t left = a.end - n - i;
                 store_columns<Op>(c + i * B::kStride, B::kStride, rows, left < 8 ? left : 8,
@@ -357,15 +362,15 @@ Kernels make_kernels(const char* isa) {
     using Op = typename Tile::Op;
     Kernels k{};
     k.isa = isa;
-    k.few_rows = kFewRows;
+    k.few_rows = Tile::kFewRows;
     k.lanes = Op::L::kWidth;
-    k.block_rows = k.lanes * Tile::kMaxVectors;
+    k.block_rows = Tile::kBlockRows;
     k.few_item = sizeof(typename FewOp::X);
     k.block_item = sizeof(typename Op::X);
     k.few_stride = &few_stride<FewOp>;
     k.block_k = &padded_k<Tile>;
     k.row_step = Tile::kRows;
-    k.scratch_bytes = &scratch_bytes<Tile>;
+    k.scratch_bytes = &Tile::scratch_bytes;
     k.pack_few = &pack_few<FewOp>;
     k.pack_block = &pack_block<Tile>;
     k.gate_up_few = &gate_up_few<FewOp>;

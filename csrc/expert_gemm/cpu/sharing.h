@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 
+#include "expert_gemm/cpu/buffers.h"
 #include "expert_gemm/cpu/kernels.h"
 
 namespace moe_offload {
@@ -21,11 +21,10 @@ constexpr int64_t whole_steps(int64_t rows, int64_t step) {
     return std::max(step, (rows + step - 1) / step * step);
 }
 
-// A task's scratch. Uninitialised: only conversion of 16-bit weights on other paths than bf16's
-// uses it.
-inline std::unique_ptr<std::byte[]> make_scratch(const Kernels& kernels, int64_t max_k) {
-    const size_t nbytes = kernels.scratch_bytes(max_k);
-    return nbytes ? std::make_unique_for_overwrite<std::byte[]>(nbytes) : nullptr;
+// A task's scratch, uninitialised: weights that are widened or, for AMX, packed.
+inline Buffer make_scratch(const Kernels& kernels, bool few, int64_t max_k) {
+    const size_t nbytes = few ? 0 : kernels.scratch_bytes(max_k);
+    return nbytes ? Buffer(nbytes) : Buffer();
 }
 
 }  // namespace moe_offload
