@@ -10,6 +10,7 @@
 #include "expert_gemm/cpu/attention.h"
 #include "expert_gemm/cpu/ffn_run.h"
 #include "expert_gemm/cpu/linear.h"
+#include "expert_gemm/cpu/memory_roof.h"
 #include "expert_gemm/cpu/multiply_roof.h"
 #include "expert_gemm/cpu/projections.h"
 #include "expert_gemm/cpu/rms_norm.h"
@@ -288,6 +289,19 @@ void bind_expert_ffn(py::module_& m) {
         "Multiply-adds of this dtype's kernels with all operands in registers, in the calling "
         "thread: (floating-point operations, seconds). 16-bit weights are multiplied in fp32 where "
         "the instruction set has nothing else.");
+    m.def(
+        "memory_roof",
+        [](uintptr_t address, size_t num_bytes, size_t ahead) {
+            if (num_bytes % 64)
+                throw std::invalid_argument("memory_roof: expected a multiple of 64 bytes, got " +
+                                            std::to_string(num_bytes));
+            const MemoryRoof roof =
+                memory_roof(reinterpret_cast<const std::byte*>(address), num_bytes, ahead);
+            return std::make_tuple(roof.sum, roof.seconds);
+        },
+        "address"_a, "num_bytes"_a, "ahead"_a, ReleaseGil(),
+        "Read memory once through in the calling thread, every line prefetched into the L2 `ahead` "
+        "bytes ahead (0: not): (sum of its 64-bit words modulo 2^64, seconds).");
 
     py::class_<RouterRule>(m, "RouterRule")
         .def(py::init([](const std::string& score, int64_t top_k, bool rounds_logits, bool sorted,

@@ -29,6 +29,8 @@ EDGE = [
     Case("sums-in-pieces-few-rows", 8, 1, 1, 531, 277, bias=True),
     Case("sums-in-pieces", 60, 2, 3, 531, 277, bias=True),
     Case("whole-pieces", 17, 1, 1, 512, 256),
+    Case("packed-for-amx", 145, 1, 1, 96, 40),
+    Case("in-place-for-amx", 120, 1, 1, 96, 64),
 ]
 
 
@@ -47,6 +49,16 @@ def test_right_on_every_instruction_set(isa: str, dtype: torch.dtype, case: Case
     inputs = Inputs.make(case, dtype)
     assert inputs.layer(isa).ffn.isa == isa
     check(inputs, inputs.native(isa))
+
+
+@pytest.mark.skipif("amx" not in _core.cpu_isas("bfloat16"), reason="this machine has no AMX")
+@pytest.mark.parametrize("case", EDGE, ids=lambda case: case.name)
+def test_amx_is_its_emulation_bit_for_bit(case: Case) -> None:
+    """So what the emulation shows on other machines holds for AMX. Few rows are not AMX's."""
+    if case.tokens * case.top_k <= 8 * case.experts:
+        pytest.skip("few rows: other instructions, in another order")
+    inputs = Inputs.make(case, torch.bfloat16)
+    assert torch.equal(inputs.native("amx"), inputs.native("amx_emulated"))
 
 
 @pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
@@ -96,6 +108,15 @@ def test_large_enough_to_be_shared_by_threads_and_still_the_same_bits(
         for num_threads in (2, 3, 5):
             assert torch.equal(inputs.native(isa, num_threads=num_threads), expected)
         check(inputs, expected)
+
+
+@pytest.mark.parametrize("ahead", [0, 8192])
+def test_the_memory_roof_reads_every_word(ahead: int) -> None:
+    words = torch.randint(-(2**62), 2**62, (64 * 1000,))
+    found, seconds = _core.memory_roof(words.data_ptr(), words.nbytes, ahead)
+    assert found == sum(words.tolist()) % 2**64 and seconds > 0
+    with pytest.raises(ValueError, match="multiple of 64 bytes, got 72"):
+        _core.memory_roof(words.data_ptr(), 72, ahead)
 
 
 def test_the_multiply_roof_counts_operations_of_every_instruction_set() -> None:
