@@ -146,9 +146,13 @@ def test_error_is_torchs_own(dtype: torch.dtype, isa: str, case: Case) -> None:
         squares["ours"] += (got - exact).square().mean().item()
         squares["torch"] += (theirs - exact).square().mean().item()
         assert torch.equal(got, run(query, key, value, mask, scale, isa, threads=1)), kind
-    # A handful of results in float32 may fall either way.
-    few = dtype == torch.float32 and case.positions < 10
-    assert squares["ours"] ** 0.5 <= (4 if few else 1.2) * squares["torch"] ** 0.5 + 1e-12, squares
+    # In float32 the order of sums is all there is, and torch's depends on the processor: whoever
+    # keeps twice as many partial sums errs by the root of two less (MKL on Emerald Rapids: 1.25
+    # where it is 1.1 on Zen 4). A handful of results may fall either way.
+    factor = 1.2
+    if dtype == torch.float32:
+        factor = 4 if case.positions < 10 else 1.2 * 2**0.5
+    assert squares["ours"] ** 0.5 <= factor * squares["torch"] ** 0.5 + 1e-12, squares
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
