@@ -29,7 +29,11 @@ struct AmxOp {  // epilogue and layout: those of a 16-lane instruction set with 
     using B = BF16;
     static constexpr int kPair = 2;
     static constexpr bool kConvert = false;
-    static void store_pair(X* h, int64_t, typename L::V a, typename L::V b) {
+    static void store_pair(X* h, [[maybe_unused]] int64_t next, typename L::V a, typename L::V b) {
+#if defined(__AVX512BF16__)
+        return DotOp::store_pair(h, next, a,
+                                 b);  // the emulation's values but for denormals, zero here
+#endif
         BF16 lo[L::kWidth], hi[L::kWidth];
         L::store(lo, a);
         L::store(hi, b);

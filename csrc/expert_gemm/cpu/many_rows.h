@@ -265,6 +265,29 @@ void gate_up_many(const GateUpArgs& a) {
     Tile::end();
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+// y of 32 columns, a cache line of bf16, for one block, from c[32][ldc]: its rows are kilobytes
+// apart, in one set of the L1, so each line is written in one go.
+template <class T>
+inline void store_32_columns(const float* c, int64_t ldc, int64_t rows, const float* bias,
+                             const float* weights, const int64_t* row_ids, int64_t hidden,
+                             int64_t n, std::byte* y) {
+    const __m512 b[2] = {_mm512_loadu_ps(bias), _mm512_loadu_ps(bias + 16)};
+    for (int64_t m = 0; m < rows; m += 16) {  // c has room for whole vectors of rows
+        __m512 row[2][16];
+        for (int half = 0; half < 2; ++half)
+            transpose16([&](int i) { return _mm512_loadu_si512(c + (16 * half + i) * ldc + m); },
+                        [&](int i, __m512i v) { row[half][i] = _mm512_castsi512_ps(v); });
+        for (int64_t i = 0; i < 16 && m + i < rows; ++i) {
+            T* const to = reinterpret_cast<T*>(y) + row_ids[m + i] * hidden + n;
+            const __m512 weight = _mm512_set1_ps(weights[m + i]);
+            for (int half = 0; half < 2; ++half)
+                Avx512Lanes::store(to + 16 * half, (row[half][i] + b[half]) * weight);
+        }
+    }
+}
+#endif
+
 // y of eight columns n .. n + 8 for one block, from c[8][ldc].
 template <class Op>
 inline void store_columns(const float* c, int64_t ldc, int64_t rows, int64_t count,
@@ -318,6 +341,15 @@ void down_many(const DownArgs& a) {
             using B = decltype(block);
             const auto* h = static_cast<const typename Op::X*>(a.h) + first * h_k;
             Tile::template run<B>(h, w, a.inner, first / Tile::kBlockRows, c);
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+            if constexpr (Tile::kRows == 32) {
+                if (n + 32 <= a.end) {
+                    store_32_columns<T>(c, B::kStride, rows, bias, a.row_weights + first,
+                                        a.row_ids + first, a.hidden, n, a.y);
+                    return;
+                }
+            }
+#endif
             for (int64_t i = 0; i < Tile::kRows && n + i < a.end; i += 8) {
                 const int64_t left = a.end - n - i;
                 store_columns<Op>(c + i * B::kStride, B::kStride, rows, left < 8 ? left : 8,
