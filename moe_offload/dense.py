@@ -27,12 +27,14 @@ from moe_offload.routing import use_native_routers
 # to 4 rows (one row 1.2 x torch in bfloat16, 1.3 x in float16, 2 and 4 rows 1.6 to 4 x) and the
 # prompts of bench/end_to_end.py. Many rows of float32 and the other ends of AVX2 (forced on Zen 4,
 # torch as well) are from scratch runs of that benchmark up to 512 rows, float32 on AVX-512 up to
-# 1024; its errors there are 0.5 to 1.7 x torch's. AMX computes few rows as AVX-512-BF16 does;
-# nothing is measured there.
+# 1024; its errors there are 0.5 to 1.7 x torch's. On processors with AMX torch has faster float16
+# and float32 products too: their rows there have entries of their own.
 _ALL = 1 << 62
 PAYS: dict[tuple[str, torch.dtype], tuple[int, int]] = {
     ("avx512_bf16", torch.bfloat16): (1, 128),
-    ("amx", torch.bfloat16): (1, 8),
+    ("amx", torch.bfloat16): (1, _ALL),
+    ("amx", torch.float16): (1, 8),  # on AVX-512
+    ("amx", torch.float32): (1, 64),  # on AVX-512
     ("avx512", torch.bfloat16): (1, 64),
     ("avx512", torch.float16): (2, _ALL),
     ("avx512", torch.float32): (1, 256),
@@ -161,4 +163,7 @@ def _pays(dtype: torch.dtype) -> tuple[int, int]:
     """First and last number of rows; an empty range where nothing is gained."""
     if dtype not in DTYPES:
         return (1, 0)
-    return PAYS.get((dense_kernels(dtype).isa, dtype), (1, 0))
+    for isa in (dense_kernels(torch.bfloat16).isa, dense_kernels(dtype).isa):
+        if (isa, dtype) in PAYS:
+            return PAYS[isa, dtype]
+    return (1, 0)

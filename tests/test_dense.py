@@ -117,6 +117,21 @@ def test_number_of_rows_decides() -> None:
     assert dense._pays(torch.float64) == (1, 0)
 
 
+def test_a_processor_with_amx_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There float16 and float32 run on AVX-512 too, but torch is faster."""
+    found = SimpleNamespace(isa="avx512_bf16")
+    monkeypatch.setattr(
+        dense,
+        "dense_kernels",
+        lambda dtype: found if dtype == torch.bfloat16 else SimpleNamespace(isa="avx512"),
+    )
+    pays = dense._pays.__wrapped__
+    assert pays(torch.float16) == dense.PAYS["avx512", torch.float16]
+    found.isa = "amx"
+    assert pays(torch.float16) == dense.PAYS["amx", torch.float16]
+    assert pays(torch.bfloat16) == dense.PAYS["amx", torch.bfloat16]
+
+
 def test_compiled_layers_are_torchs(counted: list[int]) -> None:
     layer = nn.Linear(24, 16).requires_grad_(False)
     use_dense_kernels(nn.Sequential(layer))

@@ -114,7 +114,8 @@ def test_large_enough_to_be_shared_by_threads_and_still_the_same_bits(
 def test_the_memory_roof_reads_every_word(ahead: int) -> None:
     words = torch.randint(-(2**62), 2**62, (64 * 1000,))
     found, seconds = _core.memory_roof(words.data_ptr(), words.nbytes, ahead)
-    assert found == sum(words.tolist()) % 2**64 and seconds > 0
+    assert found == sum(words.tolist()) % 2**64
+    assert seconds > 0
     with pytest.raises(ValueError, match="multiple of 64 bytes, got 72"):
         _core.memory_roof(words.data_ptr(), 72, ahead)
 

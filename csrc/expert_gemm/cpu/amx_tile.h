@@ -31,8 +31,8 @@ struct AmxOp {  // epilogue and layout: those of a 16-lane instruction set with 
     static constexpr bool kConvert = false;
     static void store_pair(X* h, [[maybe_unused]] int64_t next, typename L::V a, typename L::V b) {
 #if defined(__AVX512BF16__)
-        return DotOp::store_pair(h, next, a,
-                                 b);  // the emulation's values but for denormals, zero here
+        // The emulation's values but for denormals, which are zero in the next product anyhow.
+        return DotOp::store_pair(h, next, a, b);
 #endif
         BF16 lo[L::kWidth], hi[L::kWidth];
         L::store(lo, a);
@@ -59,9 +59,10 @@ struct AmxTile {
     static constexpr int kRows = 32;
     static constexpr int64_t kBlockRows = 32;
     static constexpr int kBlockPad = 32;  // k per tile
-    // Up to four rows VDPBF16PS keeps up with memory (Emerald Rapids, two cores, 64 tokens of
-    // Qwen3's shape, GB/s: 19 with eight, 22 with four or six).
-    static constexpr int64_t kFewRows = 4;
+    // One or two rows are streamed in VDPBF16PS's kernel and keep up with memory, four do not
+    // (Emerald Rapids, two cores, [2048, 2048], GB/s: 17 with one or two rows, 11.5 with four, 17
+    // with eight on tiles).
+    static constexpr int64_t kFewRows = 2;
     // Blocks of x up to which weights are not packed: 256 and 512 tokens of the same took 53 and 59
     // ms with packing, 34 and 54 without, 1024 as long.
     static constexpr int64_t kInPlace = 4;
