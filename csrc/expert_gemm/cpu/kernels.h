@@ -9,8 +9,9 @@
 //       contiguous along K, so lanes run along K and are summed at the end.
 //   many rows:  x and h transposed and packed in blocks of block_rows rows, so that one vector
 //       holds one k of `lanes` rows; weights are broadcast from where they are, element by element
-//       (bf16: pair by pair, for dot-product instructions). Nothing of a weight is ever copied,
-//       and the epilogue of gate/up writes h directly in the layout that down reads.
+//       (bf16: pair by pair, for dot-product instructions). Nothing of a weight is ever copied
+//       (but by AMX, 32 rows at a time, amx_tile.h), and the epilogue of gate/up writes h directly
+//       in the layout that down reads.
 //       Block b of pairs of bf16:  [K / 2][width][2], K padded with zeros, width its rows padded to
 //       whole vectors, or (AVX-512-BF16) to half a vector beyond whole ones.
 //
