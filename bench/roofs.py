@@ -105,8 +105,8 @@ def disk_sweep(
 def memory_reader(num_bytes: int = 1 << 29, huge_pages: bool = True) -> Callable[[], float]:
     """A function that reads memory once through with one thread per core and returns GB/s.
 
-    Once as it is and once with prefetches (`_core.memory_roof`), the faster of the two: Zen 4 reads
-    faster without, Emerald Rapids 1.3 times as fast with.
+    Once as it is and once with prefetches (`_core.memory_roof`), the faster of the two:
+    Emerald Rapids reads 1.3 times as fast with them.
     """
     from moe_offload import _core
 

@@ -147,8 +147,8 @@ def test_error_is_torchs_own(dtype: torch.dtype, isa: str, case: Case) -> None:
         squares["torch"] += (theirs - exact).square().mean().item()
         assert torch.equal(got, run(query, key, value, mask, scale, isa, threads=1)), kind
     # In float32 the order of sums is all there is, and torch's depends on the processor: whoever
-    # keeps twice as many partial sums errs by the root of two less (MKL on Emerald Rapids: 1.25
-    # where it is 1.1 on Zen 4). A handful of results may fall either way.
+    # keeps twice as many partial sums errs by the root of two less (1.25 beside MKL on
+    # Emerald Rapids, below 1.2 on Zen 4). A handful of results may fall either way.
     factor = 1.2
     if dtype == torch.float32:
         factor = 4 if case.positions < 10 else 1.2 * 2**0.5

@@ -161,14 +161,12 @@ def test_a_lower_threshold_fetches_what_is_less_likely() -> None:
     for threshold in (0.5, 0.1):
         options = {"device_budget": "50%", "prefetch_threshold": threshold}
         with moe_offload.offload(model, predictor=Doubtful(), **options) as offloader:
-            for _ in range(4):
+            for _ in range(8):  # at 0.5 all start before the chances are learned
                 generate(model)
             stats = offloader.stats()["predictor"]
         assert stats["threshold"] == threshold
         started[threshold] = stats["prefetches_started"]
-    # 52 at 0.5, before the chances are learned. 144 at 0.1, fewer where a forward comes first for
-    # some (104 seen on a busy machine).
-    assert started[0.1] > 1.5 * started[0.5]
+    assert started[0.1] > 2 * started[0.5]
 
 
 def test_everything_is_cancelled_or_stopped_by_the_learned_chance() -> None:

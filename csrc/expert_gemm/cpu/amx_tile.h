@@ -32,8 +32,8 @@ struct AmxOp {  // epilogue and layout: those of a 16-lane instruction set with 
     static void store_pair(X* h, [[maybe_unused]] int64_t next, typename L::V a, typename L::V b) {
 #if defined(__AVX512BF16__)
         // The emulation's values but for denormals, which are zero in the next product anyhow.
-        return DotOp::store_pair(h, next, a, b);
-#endif
+        DotOp::store_pair(h, next, a, b);
+#else
         BF16 lo[L::kWidth], hi[L::kWidth];
         L::store(lo, a);
         L::store(hi, b);
@@ -41,6 +41,7 @@ struct AmxOp {  // epilogue and layout: those of a 16-lane instruction set with 
             h[2 * i] = lo[i];
             h[2 * i + 1] = hi[i];
         }
+#endif
     }
     static void store_h(X*, typename L::V) {}  // f comes in pairs here
     static X to_x(T value) { return value; }
@@ -63,8 +64,8 @@ struct AmxTile {
     // (Emerald Rapids, two cores, [2048, 2048], GB/s: 17 with one or two rows, 11.5 with four, 17
     // with eight on tiles).
     static constexpr int64_t kFewRows = 2;
-    // Blocks of x up to which weights are not packed: 256 and 512 tokens of Qwen3's shape took 53
-    // and 59 ms with packing, 34 and 54 without, 1024 as long.
+    // Blocks of x up to which weights are not packed: 256 and 512 tokens of Qwen3's shape took 52
+    // and 60 ms with packing, 34 and 56 without, 1024 as long.
     static constexpr int64_t kInPlace = 4;
 
     static void begin() { MOE_TILE_BEGIN(); }

@@ -15,8 +15,9 @@
 //       above all. Decode of the benchmarks' OLMoE in memory is 1.05 x as fast for it (medians
 //       of four interleaved processes 1.01 to 1.11; 2 KiB ahead 0.97 to 1.04, because then these
 //       requests, of which a core has few, lead and not the prefetchers).
-//       On Intel's processors such requests lead at any distance and stop the prefetchers: there
-//       every line is prefetched into the L2, 8 KiB ahead, and nothing else.
+//       On Intel's processors (one was at hand, Emerald Rapids) such requests lead at any distance
+//       and stop the prefetchers: there every line is prefetched into the L2, 8 KiB ahead, and
+//       nothing else.
 //   side by side: NR streams, each loaded row of x used NR times; the rows 64 KiB ahead are
 //       prefetched into L2. That needs some 64 KiB before it helps.
 //

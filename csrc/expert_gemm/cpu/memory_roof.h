@@ -13,7 +13,7 @@ struct MemoryRoof {
 
 // Reads `nbytes` (whole 64 bytes) once through in the calling thread. `ahead`: so many bytes
 // further on every line is prefetched into the L2; 0: the processor's own prefetchers do it all.
-// Which of the two is faster depends on the processor, few_rows.h has numbers.
+// Which of the two is faster depends on the processor, few_rows.h has numbers of one.
 MemoryRoof memory_roof(const std::byte* data, size_t nbytes, size_t ahead);
 
 }  // namespace moe_offload
