@@ -7,6 +7,8 @@ result are what the quantised call must equal; those are tested against fp64 in 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from expert_cases import GPT_OSS, Case, Inputs
@@ -88,6 +90,65 @@ def test_bits_are_those_of_dequantised_weights(case: Case, form: str, isa: str) 
         changed = {**stored, name: stored[name].view(torch.uint8).flip(0).view(stored[name].dtype)}
         if not torch.equal(changed[name], stored[name]):
             assert not torch.equal(quantised(inputs, changed, form, isa), got)
+
+
+def special_scales(form: str, shape: torch.Size) -> Tensor:
+    """Ordinary scales, and in some rows or blocks those that overflow, vanish or are NaN."""
+    generator = torch.Generator().manual_seed(3)
+    if form == "mxfp4":
+        scales = torch.randint(118, 124, shape, generator=generator, dtype=torch.uint8)
+        special = torch.tensor([0, 1, 2, 3, 251, 252, 253, 254, 255], dtype=torch.uint8)
+    else:
+        dtype = torch.float32 if form == "fp8_block" else torch.bfloat16
+        scales = torch.rand(shape, generator=generator).add(0.5).mul(0.01).to(dtype)
+        special = torch.tensor(
+            [1e-40, -1e-38, 2.0**99, 2.0**101, -1e36, 3e38, math.inf, -math.inf, math.nan]
+        ).to(dtype)
+    rows = scales.view(-1, shape[-1])  # one special scale in each second row
+    for row in range(0, rows.shape[0], 2):
+        column = int(torch.randint(shape[-1], (), generator=generator))
+        rows[row, column] = special[row // 2 % len(special)]
+    return scales
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 30])
+@pytest.mark.parametrize("form", ["mxfp4", "fp8_block", "int4_group"])
+def test_every_code_under_special_scales(form: str, tokens: int, isa: str) -> None:
+    """In `down` each row of weights is an output of its own, so that one NaN is not all of them."""
+    hidden, inner = (9 * 2 * 128, 288) if form == "fp8_block" else (160, 288)
+    inputs = Inputs.make(Case("", tokens, 1, 1, hidden, inner), torch.bfloat16)
+    stored = quantised_twin(inputs, form, group=32)
+    codes, scales = stored["down_proj"], stored["down_proj" + SCALES]
+    generator = torch.Generator().manual_seed(4)
+    shape = codes.view(torch.uint8).shape
+    numbers = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    if form == "fp8_block":  # NaN, in one row of sixteen
+        ordinary = torch.where(numbers & 127 == 127, numbers & 128, numbers)
+        numbers = torch.where(torch.arange(hidden)[:, None] % 16 == 7, numbers, ordinary)
+    stored["down_proj"] = numbers.view(codes.dtype)
+    stored["down_proj" + SCALES] = special_scales(form, scales.shape)
+    inputs.weights["down_proj"] = quantization.dequantise(
+        form, stored["down_proj"], stored["down_proj" + SCALES], torch.bfloat16
+    )
+    got = quantised(inputs, stored, form, isa)
+    expected = inputs.native(isa)
+    same = (got.view(torch.int16) == expected.view(torch.int16)) | (got.isnan() & expected.isnan())
+    assert same.all()
+    assert got.isnan().any()
+    assert got.isfinite().all(dim=0).sum() > hidden // 8
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("form", ["mxfp4", "fp8_block", "int4_group"])
+def test_few_rows_of_any_number(form: str, tokens: int, isa: str) -> None:
+    """Tiles of weight rows end within a block, at its end, at a task's and at the matrix's."""
+    inputs = Inputs.make(Case("", tokens, 1, 1, 352, 416, bias=True), torch.bfloat16)
+    stored = quantised_twin(inputs, form, group=32)
+    expected = inputs.native(isa)
+    for threads in (1, 2):
+        assert torch.equal(quantised(inputs, stored, form, isa, threads=threads), expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -28,7 +28,6 @@
 // need not be kept; decode of Qwen3's experts 20 to 25 and 12 to 15, eight rows side by side 19.
 #pragma once
 
-#include "expert_gemm/cpu/activations.h"
 #include "expert_gemm/cpu/kernels.h"
 #include "expert_gemm/cpu/ops.h"
 
@@ -158,22 +157,45 @@ inline void few_tile_streamed(const typename Op::X* x, int64_t x_stride,
         for (int n = 0; n < NR; ++n) c[m * ldc + n] = sums[m * NR + n];
 }
 
-// c[m][n - begin] for rows n in [begin, end) of a matrix. Side by side, nothing beyond row `limit`
-// is prefetched.
+// A matrix as these kernels read it.
+struct FewMatrix {
+    const std::byte* base;
+    int64_t row_stride;  // bytes
+    bool in_cache;       // the weights were just written there
+
+    // Quantised, few_quantised.h: row n is stored row first + n * step, rows without gaps.
+    const std::byte* scales;  // of stored row 0
+    int64_t first, step, group;
+    BF16* magnitudes;        // of one row of fp8 blocks, [K in whole blocks]
+    int64_t block_row = -1;  // which one's they are
+};
+
+// c[m][n - begin] for rows n in [begin, end) of a matrix, MR rows of x. Nothing beyond row `limit`
+// is prefetched, unless rows are streamed.
+template <class Op>
+using FewProduct = void (*)(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix,
+                            int64_t begin, int64_t end, int64_t limit, int64_t k_size, float* c);
+
+// Weight rows ahead of a tile of NR of them that are prefetched.
+inline int64_t few_rows_ahead(int64_t row_bytes, int64_t tile_rows) {
+    return (kPrefetchBytes / row_bytes / tile_rows + 1) * tile_rows;
+}
+
+// FewProduct of a plain matrix.
 template <class Op, int MR>
-inline void few_product(const typename Op::X* x, int64_t x_stride, const std::byte* weights,
-                        int64_t row_stride, int64_t begin, int64_t end, int64_t limit,
-                        int64_t k_size, bool in_cache, float* c) {
+void few_product(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix, int64_t begin,
+                 int64_t end, int64_t limit, int64_t k_size, float* c) {
     constexpr int kHalf = is_halved<Op, MR> ? 4 : MR, NR = few_tile_rows<Op>(kHalf);
     using T = typename Op::T;
-    const int64_t ahead = (kPrefetchBytes / row_stride / NR + 1) * NR;
+    const int64_t row_stride = matrix.row_stride;
+    const int64_t ahead = few_rows_ahead(row_stride, NR);
     for (int64_t n = begin; n < end; n += NR) {
         const T* w[NR];
         for (int64_t i = 0; i < NR; ++i)
-            w[i] =
-                reinterpret_cast<const T*>(weights + (n + i < end ? n + i : end - 1) * row_stride);
+            w[i] = reinterpret_cast<const T*>(matrix.base +
+                                              (n + i < end ? n + i : end - 1) * row_stride);
         if constexpr (is_streamed<Op, MR>) {
-            if (!in_cache) {
+            if (!matrix.in_cache) {
                 const auto tile = lets_lines_pass() ? &few_tile_streamed<Op, MR, NR, true>
                                                     : &few_tile_streamed<Op, MR, NR, false>;
                 tile(x, x_stride, w, k_size, c + (n - begin), kChunkStride);
@@ -188,85 +210,6 @@ inline void few_product(const typename Op::X* x, int64_t x_stride, const std::by
             few_tile<Op, MR - kHalf, NR>(x + kHalf * x_stride, x_stride, w, k_size, 0,
                                          to + kHalf * kChunkStride, kChunkStride);
     }
-}
-
-template <class Op>
-inline void add_bias(float* c, const std::byte* bias, int64_t stride, int64_t begin,
-                     int64_t count) {
-    if (!bias) return;
-    for (int64_t n = 0; n < count; ++n)
-        c[n] += widen(*reinterpret_cast<const typename Op::T*>(bias + (begin + n) * stride));
-}
-
-template <class Op, int MR>
-void gate_up_few_rows(const GateUpArgs& a) {
-    using L = typename Op::L;
-    using X = typename Op::X;
-    const int64_t x_stride = few_stride<Op>(a.hidden), h_stride = few_stride<Op>(a.inner);
-    const X* x = static_cast<const X*>(a.x);
-    alignas(64) float gate[MR * kChunkStride] = {}, up[MR * kChunkStride] = {};
-    alignas(64) X rounded[kChunkStride];
-    for (int64_t f = a.begin; f < a.end; f += kChunk) {
-        const int64_t stop = f + kChunk < a.end ? f + kChunk : a.end, count = stop - f;
-        for (int64_t n = f; n < stop; n += 24) {  // gate and up advance together
-            const int64_t end = n + 24 < stop ? n + 24 : stop;
-            if (a.gate)
-                few_product<Op, MR>(x, x_stride, a.gate, a.row_stride, n, end, a.end, a.hidden,
-                                    a.in_cache, gate + (n - f));
-            few_product<Op, MR>(x, x_stride, a.up, a.row_stride, n, end, a.end, a.hidden,
-                                a.in_cache, up + (n - f));
-        }
-        for (int64_t m = 0; m < MR; ++m) {
-            float *g = gate + m * kChunkStride, *u = up + m * kChunkStride;
-            add_bias<Op>(g, a.gate_bias, a.bias_stride, f, count);
-            add_bias<Op>(u, a.up_bias, a.bias_stride, f, count);
-            for (int64_t n = 0; n < count; n += L::kWidth)
-                Op::store_h(rounded + n, activate<L>(a.activation, L::load(g + n), L::load(u + n)));
-            X* h = static_cast<X*>(a.h) + m * h_stride;
-            std::memcpy(h + f, rounded, static_cast<size_t>(count) * sizeof(X));
-            if (stop == a.inner)  // the last vector of K is read whole
-                std::memset(h + stop, 0, static_cast<size_t>(h_stride - stop) * sizeof(X));
-        }
-    }
-}
-
-template <class Op, int MR>
-void down_few_rows(const DownArgs& a) {
-    using L = typename Op::L;
-    using T = typename Op::T;
-    alignas(64) float c[MR * kChunkStride] = {};
-    alignas(64) T rounded[kChunkStride];
-    for (int64_t n = a.begin; n < a.end; n += kChunk) {
-        const int64_t stop = n + kChunk < a.end ? n + kChunk : a.end, count = stop - n;
-        few_product<Op, MR>(static_cast<const typename Op::X*>(a.h), few_stride<Op>(a.inner),
-                            a.down, a.row_stride, n, stop, a.end, a.inner, a.in_cache, c);
-        for (int64_t m = 0; m < MR; ++m) {
-            float* row = c + m * kChunkStride;
-            add_bias<Op>(row, a.bias, a.bias_stride, n, count);
-            const typename L::V weight = L::set(a.row_weights[m]);
-            for (int64_t i = 0; i < count; i += L::kWidth)
-                L::store(rounded + i, L::load(row + i) * weight);
-            std::byte* y = a.y + (a.row_ids[m] * a.hidden + n) * static_cast<int64_t>(sizeof(T));
-            std::memcpy(y, rounded, static_cast<size_t>(count) * sizeof(T));
-        }
-    }
-}
-
-template <class Op>
-void gate_up_few(const GateUpArgs& a) {
-    static constexpr void (*kByRows[])(const GateUpArgs&) = {
-        gate_up_few_rows<Op, 1>, gate_up_few_rows<Op, 2>, gate_up_few_rows<Op, 3>,
-        gate_up_few_rows<Op, 4>, gate_up_few_rows<Op, 5>, gate_up_few_rows<Op, 6>,
-        gate_up_few_rows<Op, 7>, gate_up_few_rows<Op, 8>};
-    kByRows[a.rows - 1](a);
-}
-
-template <class Op>
-void down_few(const DownArgs& a) {
-    static constexpr void (*kByRows[])(const DownArgs&) = {
-        down_few_rows<Op, 1>, down_few_rows<Op, 2>, down_few_rows<Op, 3>, down_few_rows<Op, 4>,
-        down_few_rows<Op, 5>, down_few_rows<Op, 6>, down_few_rows<Op, 7>, down_few_rows<Op, 8>};
-    kByRows[a.rows - 1](a);
 }
 
 template <class Op>

@@ -74,7 +74,7 @@ class FfnRun {
     // Tasks (ffn_tasks.cpp); x and h of the stage are in `buffer`.
     void pack(const Group& group, int64_t begin, int64_t end, std::byte* buffer) const;
     void set(ProductArgs& a, const Group& group, const WeightView& matrix, const WeightView& bias,
-             bool in_place, int64_t begin, int64_t end) const;
+             WeightFormat format, bool in_place, int64_t begin, int64_t end) const;
     void gate_up(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
                  int64_t last, std::byte* buffer) const;
     void down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,

@@ -1,5 +1,5 @@
 // The three kinds of task of FfnRun: pack rows of x, multiply by rows of gate and up, by rows of
-// down. Weights that cannot be read in place become rows here, panel by panel (panel.h).
+// down. Weights that the products do not read in place become rows here, panel by panel (panel.h).
 #include <algorithm>
 
 #include "expert_gemm/cpu/ffn_run.h"
@@ -16,6 +16,10 @@ void in_panels(int64_t first, int64_t last, int64_t step, F&& take) {
         const int64_t end = std::min(last, begin + step);
         take(begin, end, end < last);
     }
+}
+
+WeightRows rows_of(const WeightView& matrix, int64_t slot) {
+    return {matrix.slot(slot), matrix.slot_scales(slot)};
 }
 
 }  // namespace
@@ -39,11 +43,15 @@ void FfnRun::pack(const Group& group, int64_t begin, int64_t end, std::byte* buf
 }
 
 void FfnRun::set(ProductArgs& a, const Group& group, const WeightView& matrix,
-                 const WeightView& bias, bool in_place, int64_t begin, int64_t end) const {
+                 const WeightView& bias, WeightFormat format, bool in_place, int64_t begin,
+                 int64_t end) const {
     a.rows = group.rows;
     a.hidden = shape_.hidden;
     a.inner = shape_.inner;
+    a.format = in_place ? format : WeightFormat::kPlain;
     a.row_stride = matrix.row_stride;
+    a.row_step = 1;
+    a.group = matrix.group;
     a.in_cache = !in_place;
     a.bias_stride = bias.row_stride;
     a.begin = begin;
@@ -53,30 +61,40 @@ void FfnRun::set(ProductArgs& a, const Group& group, const WeightView& matrix,
 void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group& group,
                      int64_t first, int64_t last, std::byte* buffer) const {
     const Kernels& k = kernels_;
-    const auto scratch = make_scratch(k, group.few, std::max(shape_.hidden, shape_.inner));
+    const bool quantised = weights.format != WeightFormat::kPlain;
+    const bool in_place = quantised ? group.few : how.up_in_place;
+    const auto scratch = make_scratch(
+        group.few
+            ? 2 * few_scratch_bytes(in_place ? weights.format : WeightFormat::kPlain, shape_.hidden)
+            : k.scratch_bytes(std::max(shape_.hidden, shape_.inner)));
     GateUpArgs a{};
-    set(a, group, weights.up, weights.up_bias, how.up_in_place, first, last);
+    set(a, group, weights.up, weights.up_bias, weights.format, in_place, first, last);
     a.scratch = scratch.data();
     a.x = buffer + group.x;
-    a.gate = weights.gate.slot(group.slot);
-    a.up = weights.up.slot(group.slot);
+    a.gate = rows_of(weights.gate, group.slot);
+    a.up = rows_of(weights.up, group.slot);
+    if (quantised && how.alternating) {  // both are rows of one matrix
+        a.row_step = 2;
+        a.up = a.gate;
+        a.up.first = 1;
+    }
     a.gate_bias = weights.gate_bias.slot(group.slot);
     a.up_bias = weights.up_bias.slot(group.slot);
     a.activation = shape_.activation;
     a.h = buffer + group.h;
     const auto multiply = group.few ? k.gate_up_few : k.gate_up_many;
-    if (how.up_in_place) return multiply(a);
+    if (in_place) return multiply(a);
     const Panel panel(k, weights.format, 2 * how.up_step, shape_.hidden,
                       static_cast<int64_t>(item_size(shape_.dtype)));
     a.row_stride = (how.alternating ? 2 : 1) * panel.stride;
     in_panels(first, last, how.up_step, [&](int64_t begin, int64_t end, bool next) {
         if (how.alternating) {
-            a.gate = panel.take(weights.gate, group.slot, 2 * begin, 2 * end, next, 0);
-            a.up = a.gate + panel.stride;
+            a.gate = {panel.take(weights.gate, group.slot, 2 * begin, 2 * end, next, 0)};
+            a.up = {a.gate.base + panel.stride};
         } else {
-            a.up = panel.take(weights.up, group.slot, begin, end, next, 0);
+            a.up = {panel.take(weights.up, group.slot, begin, end, next, 0)};
             if (shape_.activation.gated)
-                a.gate = panel.take(weights.gate, group.slot, begin, end, next, how.up_step);
+                a.gate = {panel.take(weights.gate, group.slot, begin, end, next, how.up_step)};
         }
         a.begin = begin;
         a.end = end;
@@ -87,23 +105,27 @@ void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group&
 void FfnRun::down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
                   int64_t last, std::byte* buffer) const {
     const Kernels& k = kernels_;
-    const auto scratch = make_scratch(k, group.few, std::max(shape_.hidden, shape_.inner));
+    const bool in_place = weights.format != WeightFormat::kPlain ? group.few : how.down_in_place;
+    const auto scratch =
+        make_scratch(group.few ? few_scratch_bytes(in_place ? weights.format : WeightFormat::kPlain,
+                                                   shape_.inner)
+                               : k.scratch_bytes(std::max(shape_.hidden, shape_.inner)));
     DownArgs a{};
-    set(a, group, weights.down, weights.down_bias, how.down_in_place, first, last);
+    set(a, group, weights.down, weights.down_bias, weights.format, in_place, first, last);
     a.scratch = scratch.data();
     a.h = buffer + group.h;
-    a.down = weights.down.slot(group.slot);
+    a.down = rows_of(weights.down, group.slot);
     a.bias = weights.down_bias.slot(group.slot);
     a.row_weights = row_weights_.data() + group.first;
     a.row_ids = row_ids_.data() + group.first;
     a.y = y_.data();
     const auto multiply = group.few ? k.down_few : k.down_many;
-    if (how.down_in_place) return multiply(a);
+    if (in_place) return multiply(a);
     const Panel panel(k, weights.format, how.down_step, shape_.inner,
                       static_cast<int64_t>(item_size(shape_.dtype)));
     a.row_stride = panel.stride;
     in_panels(first, last, how.down_step, [&](int64_t begin, int64_t end, bool next) {
-        a.down = panel.take(weights.down, group.slot, begin, end, next, 0);
+        a.down = {panel.take(weights.down, group.slot, begin, end, next, 0)};
         a.begin = begin;
         a.end = end;
         multiply(a);

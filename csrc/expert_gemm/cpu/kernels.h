@@ -32,21 +32,38 @@ namespace moe_offload {
 // 4, one core: 204 to 213 GFLOP/s in parts of 240 or 480 rows, 151 to 170 in one.
 constexpr int64_t kPartRows = 480;
 
+// A matrix of weights. Plain: row n is at base + n * row_stride. Quantised, few rows of x only: row
+// n is stored row first + n * row_step, and those lie without gaps.
+struct WeightRows {
+    const std::byte* base = nullptr;
+    const std::byte* scales = nullptr;  // of stored row 0
+    int64_t first = 0;
+};
+
 struct ProductArgs {  // of both products
     int64_t rows;
     int64_t hidden, inner;  // H, F
-    int64_t row_stride;     // bytes from weight row to weight row
+    WeightFormat format;    // of the matrices
+    int64_t row_stride;     // plain: bytes from weight row to weight row
+    int64_t row_step;       // quantised: stored rows from one to the next
+    int64_t group;          // of int4_group
     bool in_cache;          // the weights were just written there (panel.h)
     int64_t bias_stride;    // bytes
     int64_t begin, end;     // weight rows to multiply by
-    std::byte* scratch;     // Kernels::scratch_bytes(max(H, F))
+    // Many rows: Kernels::scratch_bytes(max(H, F)). Few: few_scratch_bytes, gate and up each.
+    std::byte* scratch;
 };
+
+// The magnitudes of a row of fp8 blocks (unpack.h).
+inline size_t few_scratch_bytes(WeightFormat format, int64_t k_size) {
+    const bool fp8 = format == WeightFormat::kFp8Block || format == WeightFormat::kFp8BlockBF16;
+    return fp8 ? static_cast<size_t>((k_size + 127) / 128 * 128) * 2 : 0;
+}
 
 struct GateUpArgs : ProductArgs {  // begin is a multiple of Kernels::row_step
     const void* x;                 // [rows, H] in the layout above
-    const std::byte* gate;         // rows of H elements, null without a gate
-    const std::byte* up;
-    const std::byte* gate_bias;  // null or one element per row
+    WeightRows gate, up;           // rows of H elements; no gate: its base is null
+    const std::byte* gate_bias;    // null or one element per row
     const std::byte* up_bias;
     ActivationSpec activation;
     void* h;  // [rows, F] out, in the layout above
@@ -54,7 +71,7 @@ struct GateUpArgs : ProductArgs {  // begin is a multiple of Kernels::row_step
 
 struct DownArgs : ProductArgs {  // weight rows are columns of y
     const void* h;               // [rows, F] in the layout above
-    const std::byte* down;       // rows of F elements
+    WeightRows down;             // rows of F elements
     const std::byte* bias;       // null or [H]
     const float* row_weights;    // [rows] routing weights
     const int64_t* row_ids;      // [rows] row of y

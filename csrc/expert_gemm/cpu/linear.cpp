@@ -49,7 +49,7 @@ void linear(const LinearInput& input, std::span<const LinearOutput> outputs, Dty
         const Task& task = tasks[static_cast<size_t>(number)];
         const LinearOutput& output = outputs[task.output];
         const int64_t first = task.part * part;
-        const auto scratch = make_scratch(k, few, in);
+        const auto scratch = make_scratch(few ? 0 : k.scratch_bytes(in));
         DownArgs a{};
         a.rows = std::min(part, rows - first);
         a.hidden = output.out;
@@ -60,7 +60,7 @@ void linear(const LinearInput& input, std::span<const LinearOutput> outputs, Dty
         a.end = std::min(output.out, task.begin + chunk);
         a.scratch = scratch.data();
         a.h = packed.data() + k.row_offset(first, few, in);
-        a.down = output.weight;
+        a.down.base = output.weight;
         a.bias = output.bias;
         a.row_weights = ones.data();
         a.row_ids = row_ids.data() + first;

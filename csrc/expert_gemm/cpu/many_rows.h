@@ -21,7 +21,7 @@
 #include "expert_gemm/cpu/activations.h"
 #include "expert_gemm/cpu/attend.h"
 #include "expert_gemm/cpu/dequantise.h"
-#include "expert_gemm/cpu/few_rows.h"
+#include "expert_gemm/cpu/few_ffn.h"
 #include "expert_gemm/cpu/kernels.h"
 #include "expert_gemm/cpu/norm_rows.h"
 #include "expert_gemm/cpu/ops.h"
@@ -200,7 +200,7 @@ void gate_up_many(const GateUpArgs& a) {
     using L = typename Op::L;
     using T = typename Op::T;
     constexpr int64_t kLanes = L::kWidth, kItem = sizeof(T);
-    const bool gated = a.gate != nullptr;
+    const bool gated = a.gate.base != nullptr;
     const int64_t features = gated ? Tile::kRows / 2 : Tile::kRows;  // f per tile
     const int64_t x_k = padded_k<Tile>(a.hidden), h_k = padded_k<Tile>(a.inner);
     const int64_t ahead = prefetch_rows(a.row_stride, features);
@@ -214,10 +214,10 @@ void gate_up_many(const GateUpArgs& a) {
         };
         for (int64_t i = 0; i < features; ++i) {
             if (gated) {
-                from[i] = row(a.gate, f + i);
-                from[features + i] = row(a.up, f + i);
+                from[i] = row(a.gate.base, f + i);
+                from[features + i] = row(a.up.base, f + i);
             } else {
-                from[i] = row(a.up, f + i);
+                from[i] = row(a.up.base, f + i);
             }
         }
         // The last tile writes the padding of K too: zero weights meet it, and 0 * NaN is not 0.
@@ -331,7 +331,7 @@ void down_many(const DownArgs& a) {
         float bias[Tile::kRows];
         for (int64_t i = 0; i < Tile::kRows; ++i) {
             const int64_t row = n + i < a.hidden ? n + i : a.hidden - 1;
-            from[i] = reinterpret_cast<const T*>(a.down + row * a.row_stride);
+            from[i] = reinterpret_cast<const T*>(a.down.base + row * a.row_stride);
             bias[i] =
                 a.bias ? widen(*reinterpret_cast<const T*>(a.bias + row * a.bias_stride)) : 0.0f;
         }

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "expert_gemm/cpu/activations.h"
-#include "expert_gemm/cpu/few_rows.h"
+#include "expert_gemm/cpu/few_ffn.h"
 #include "expert_gemm/cpu/kernels.h"
 #include "expert_gemm/cpu/ops.h"
 
@@ -17,10 +17,13 @@ namespace {
 template <class Op, int MR>
 void logits_few_rows(const LogitsArgs& a) {
     alignas(64) float c[MR * kChunkStride] = {};
+    FewMatrix matrix{};
+    matrix.base = a.weight;
+    matrix.row_stride = a.row_stride;
     for (int64_t n = a.begin; n < a.end; n += kChunk) {
         const int64_t stop = n + kChunk < a.end ? n + kChunk : a.end, count = stop - n;
         few_product<Op, MR>(static_cast<const typename Op::X*>(a.x), few_stride<Op>(a.hidden),
-                            a.weight, a.row_stride, n, stop, a.end, a.hidden, false, c);
+                            matrix, n, stop, a.end, a.hidden, c);
         for (int64_t m = 0; m < MR; ++m) {
             float* row = c + m * kChunkStride;
             add_bias<Op>(row, a.bias, sizeof(typename Op::T), n, count);

@@ -21,10 +21,7 @@ constexpr int64_t whole_steps(int64_t rows, int64_t step) {
     return std::max(step, (rows + step - 1) / step * step);
 }
 
-// A task's scratch, uninitialised: weights that are widened or, for AMX, packed.
-inline Buffer make_scratch(const Kernels& kernels, bool few, int64_t max_k) {
-    const size_t nbytes = few ? 0 : kernels.scratch_bytes(max_k);
-    return nbytes ? Buffer(nbytes) : Buffer();
-}
+// A task's scratch, uninitialised (ProductArgs::scratch).
+inline Buffer make_scratch(size_t nbytes) { return nbytes ? Buffer(nbytes) : Buffer(); }
 
 }  // namespace moe_offload
