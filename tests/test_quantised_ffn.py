@@ -102,7 +102,7 @@ def special_scales(form: str, shape: torch.Size) -> Tensor:
         dtype = torch.float32 if form == "fp8_block" else torch.bfloat16
         scales = torch.rand(shape, generator=generator).add(0.5).mul(0.01).to(dtype)
         special = torch.tensor(
-            [1e-40, -1e-38, 2.0**99, 2.0**101, -1e36, 3e38, math.inf, -math.inf, math.nan]
+            [1e-40, -1e-38, 2.0**99, 2.0**101, 2.0**121, -3e38, math.inf, -math.inf, math.nan]
         ).to(dtype)
     rows = scales.view(-1, shape[-1])  # one special scale in each second row
     for row in range(0, rows.shape[0], 2):
@@ -123,9 +123,10 @@ def test_every_code_under_special_scales(form: str, tokens: int, isa: str) -> No
     generator = torch.Generator().manual_seed(4)
     shape = codes.view(torch.uint8).shape
     numbers = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    if form == "fp8_block":  # NaN, in one row of sixteen
+    if form == "fp8_block":  # NaN in one row of sixteen, and rows so small that nothing overflows
+        row = torch.arange(hidden)[:, None] % 16
         ordinary = torch.where(numbers & 127 == 127, numbers & 128, numbers)
-        numbers = torch.where(torch.arange(hidden)[:, None] % 16 == 7, numbers, ordinary)
+        numbers = torch.where(row == 7, numbers, torch.where(row == 3, numbers & 0x83, ordinary))
     stored["down_proj"] = numbers.view(codes.dtype)
     stored["down_proj" + SCALES] = special_scales(form, scales.shape)
     inputs.weights["down_proj"] = quantization.dequantise(
@@ -137,6 +138,19 @@ def test_every_code_under_special_scales(form: str, tokens: int, isa: str) -> No
     assert same.all()
     assert got.isnan().any()
     assert got.isfinite().all(dim=0).sum() > hidden // 8
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_fp8_columns_that_are_not_there_count_as_zero(tokens: int, isa: str) -> None:
+    """Even where the last block's scale is infinite, and zero times it is NaN."""
+    inputs = Inputs.make(Case("", tokens, 1, 1, 48, 144, bias=True), torch.bfloat16)
+    inputs.weights["gate_up_proj_bias"].fill_(9.0)  # so h is positive
+    stored = quantised_twin(inputs, "fp8_block")
+    stored["down_proj"].view(torch.uint8).fill_(0x38)  # one
+    stored["down_proj" + SCALES][..., -1] = math.inf
+    got = quantised(inputs, stored, "fp8_block", isa)
+    assert torch.equal(got, torch.full_like(got, math.inf))
 
 
 @pytest.mark.parametrize("isa", ISAS)
