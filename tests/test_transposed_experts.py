@@ -29,6 +29,9 @@ TRANSPOSED = [
     Case("sums-in-pieces", 40, 2, 3, 261, 530, SILU, bias=True),
     Case("no-gate", 30, 2, 3, 130, 70, Activation("relu2", gated=False)),
     Case("smallest", 1, 1, 1, 1, 1),
+    Case("one-row-of-long-sums", 2, 1, 2, 1093, 540, GPT_OSS, bias=True),
+    Case("two-rows-of-many-columns", 2, 1, 1, 70, 1301, GPT_OSS, bias=True),
+    Case("eight-rows", 8, 1, 1, 600, 300, SILU, bias=True),
 ]
 
 

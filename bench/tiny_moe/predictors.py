@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=tiny_moe_path(), help="(the packaged one)")
     parser.add_argument("--out", type=Path, help="(the model's folder predictors)")
     parser.add_argument("--minutes", type=float, default=30, help="of training the RPP (30)")
+    parser.add_argument("--steps", type=int, default=3000, help="of the RPP at most (3000)")
     parser.add_argument("--share", type=float, default=1.0, help="of the sequences (1)")
     parser.add_argument("--kinds", default="rpp,preattention,pregate", help="(all)")
     args = parser.parse_args()
@@ -118,7 +119,7 @@ def main() -> None:
     kinds = args.kinds.split(",")
     if "rpp" in kinds:
         train_rpp_to(
-            out / "rpp", samples, config, steps=3000, minutes=args.minutes, batch=12, **shared
+            out / "rpp", samples, config, steps=args.steps, minutes=args.minutes, batch=12, **shared
         )
     on_layers = {"preattention": train_preattention_to, "pregate": train_pregate_to}
     for kind, train_to in on_layers.items():

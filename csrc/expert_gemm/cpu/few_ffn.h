@@ -1,8 +1,9 @@
-// The routed FFN of few rows: their products with gate and up, and with down (few_rows.h, and
-// few_quantised.h for weights that are), and what follows each.
+// The routed FFN of few rows: their products with gate and up, and with down (few_rows.h, for
+// quantised weights few_quantised.h, for transposed ones few_columns.h), and what follows each.
 #pragma once
 
 #include "expert_gemm/cpu/activations.h"
+#include "expert_gemm/cpu/few_columns.h"
 #include "expert_gemm/cpu/few_quantised.h"
 #include "expert_gemm/cpu/few_rows.h"
 #include "expert_gemm/cpu/kernels.h"
@@ -59,8 +60,13 @@ inline FewProduct<Op> few_product_of(WeightFormat format, int64_t rows) {
 
 // `scratch`: a matrix's part of ProductArgs::scratch.
 inline FewMatrix few_matrix(const ProductArgs& a, const WeightRows& rows, std::byte* scratch) {
-    return {rows.base,  a.row_stride, a.in_cache, rows.scales,
-            rows.first, a.row_step,   a.group,    reinterpret_cast<BF16*>(scratch)};
+    return {rows.base,
+            a.row_stride,
+            rows.scales,
+            rows.first,
+            a.row_step,
+            a.group,
+            reinterpret_cast<BF16*>(scratch)};
 }
 
 template <class Op>
@@ -71,59 +77,153 @@ inline void add_bias(float* c, const std::byte* bias, int64_t stride, int64_t be
         c[n] += widen(*reinterpret_cast<const typename Op::T*>(bias + (begin + n) * stride));
 }
 
+// h of features [f, f + count) from their products, ldc apart from row to row. Whole vectors of
+// them are read.
 template <class Op>
-void gate_up_few(const GateUpArgs& a) {
+inline void finish_gate_up(const GateUpArgs& a, int64_t f, int64_t count, float* gate, float* up,
+                           int64_t ldc) {
     using L = typename Op::L;
     using X = typename Op::X;
-    const int64_t x_stride = few_stride<Op>(a.hidden), h_stride = few_stride<Op>(a.inner);
-    const X* x = static_cast<const X*>(a.x);
+    const int64_t h_stride = few_stride<Op>(a.inner);
+    alignas(64) X rounded[kChunkStride];
+    for (int64_t m = 0; m < a.rows; ++m) {
+        float *g = gate + m * ldc, *u = up + m * ldc;
+        add_bias<Op>(g, a.gate_bias, a.bias_stride, f, count);
+        add_bias<Op>(u, a.up_bias, a.bias_stride, f, count);
+        X* h = static_cast<X*>(a.h) + m * h_stride;
+        for (int64_t begin = 0; begin < count; begin += kChunk) {
+            const int64_t some = count - begin < kChunk ? count - begin : kChunk;
+            for (int64_t n = 0; n < some; n += L::kWidth)
+                Op::store_h(rounded + n, activate<L>(a.activation, L::load(g + begin + n),
+                                                     L::load(u + begin + n)));
+            std::memcpy(h + f + begin, rounded, static_cast<size_t>(some) * sizeof(X));
+        }
+        if (f + count == a.inner)  // the last vector of K is read whole
+            std::memset(h + a.inner, 0, static_cast<size_t>(h_stride - a.inner) * sizeof(X));
+    }
+}
+
+// y of columns [n, n + count), likewise.
+template <class Op>
+inline void finish_down(const DownArgs& a, int64_t n, int64_t count, float* c, int64_t ldc) {
+    using L = typename Op::L;
+    using T = typename Op::T;
+    alignas(64) T rounded[kChunkStride];
+    for (int64_t m = 0; m < a.rows; ++m) {
+        float* row = c + m * ldc;
+        add_bias<Op>(row, a.bias, a.bias_stride, n, count);
+        const typename L::V weight = L::set(a.row_weights[m]);
+        T* y = reinterpret_cast<T*>(a.y) + a.row_ids[m] * a.hidden + n;
+        for (int64_t begin = 0; begin < count; begin += kChunk) {
+            const int64_t some = count - begin < kChunk ? count - begin : kChunk;
+            for (int64_t i = 0; i < some; i += L::kWidth)
+                L::store(rounded + i, L::load(row + begin + i) * weight);
+            std::memcpy(y + begin, rounded, static_cast<size_t>(some) * sizeof(T));
+        }
+    }
+}
+
+// Floats of ProductArgs::scratch beside the sums: products of whole blocks of two matrices.
+template <class Op>
+inline int64_t column_stride(int64_t rows) {
+    return FewColumns<Op>::at_a_time(rows) + FewColumns<Op>::kBlock;
+}
+
+template <class Op>
+size_t few_columns_bytes(int64_t rows) {
+    const int64_t floats = FewColumns<Op>::sums(rows) + 3 * rows * column_stride<Op>(rows);
+    return static_cast<size_t>(floats) * sizeof(float);
+}
+
+// Transposed matrices.
+template <class Op>
+void gate_up_columns(const GateUpArgs& a) {
+    using X = typename Op::X;
+    constexpr int64_t kItem = sizeof(typename Op::T);
+    const int64_t stride = column_stride<Op>(a.rows);
+    auto* const scratch = reinterpret_cast<float*>(a.scratch);
+    const FewColumns<Op> columns{static_cast<const X*>(a.x),
+                                 a.rows,
+                                 few_stride<Op>(a.hidden),
+                                 a.k_stride,
+                                 a.hidden,
+                                 scratch};
+    float* const both = scratch + FewColumns<Op>::sums(a.rows);
+    float *const gate = both + a.rows * stride, *const up = gate + a.rows * stride;
+    const bool in_turn = a.row_step == 2;  // gate and up
+    const int64_t step = FewColumns<Op>::at_a_time(a.rows) / a.row_step;
+    for (int64_t f = a.begin; f < a.end; f += step) {
+        const int64_t count = f + step < a.end ? step : a.end - f;
+        const bool last = f + count == a.end;
+        const auto at = [&](const WeightRows& matrix) {
+            return matrix.base + f * a.row_step * kItem;
+        };
+        const int64_t further = count * a.row_step * kItem;
+        if (in_turn) {
+            columns.multiply(at(a.gate), 2 * count, last ? nullptr : at(a.gate) + further, both,
+                             stride);
+            for (int64_t m = 0; m < a.rows; ++m)
+                for (int64_t n = 0; n < count; ++n) {
+                    gate[m * stride + n] = both[m * stride + 2 * n];
+                    up[m * stride + n] = both[m * stride + 2 * n + 1];
+                }
+        } else {
+            if (a.gate.base) columns.multiply(at(a.gate), count, at(a.up), gate, stride);
+            const WeightRows& first = a.gate.base ? a.gate : a.up;
+            columns.multiply(at(a.up), count, last ? nullptr : at(first) + further, up, stride);
+        }
+        finish_gate_up<Op>(a, f, count, gate, up, stride);
+    }
+}
+
+template <class Op>
+void down_columns(const DownArgs& a) {
+    using X = typename Op::X;
+    constexpr int64_t kItem = sizeof(typename Op::T);
+    const int64_t stride = column_stride<Op>(a.rows), step = FewColumns<Op>::at_a_time(a.rows);
+    auto* const scratch = reinterpret_cast<float*>(a.scratch);
+    const FewColumns<Op> columns{
+        static_cast<const X*>(a.h), a.rows, few_stride<Op>(a.inner), a.k_stride, a.inner, scratch};
+    float* const c = scratch + FewColumns<Op>::sums(a.rows);
+    for (int64_t n = a.begin; n < a.end; n += step) {
+        const int64_t count = n + step < a.end ? step : a.end - n;
+        const std::byte* at = a.down.base + n * kItem;
+        columns.multiply(at, count, n + count == a.end ? nullptr : at + count * kItem, c, stride);
+        finish_down<Op>(a, n, count, c, stride);
+    }
+}
+
+template <class Op>
+void gate_up_few(const GateUpArgs& a) {
+    if (a.k_stride) return gate_up_columns<Op>(a);
+    const int64_t x_stride = few_stride<Op>(a.hidden);
+    const auto* x = static_cast<const typename Op::X*>(a.x);
     const auto product = few_product_of<Op>(a.format, a.rows);
     FewMatrix gates = few_matrix(a, a.gate, a.scratch);
     FewMatrix ups = few_matrix(a, a.up, a.scratch + few_scratch_bytes(a.format, a.hidden));
     alignas(64) float gate[kMostFewRows * kChunkStride] = {}, up[kMostFewRows * kChunkStride] = {};
-    alignas(64) X rounded[kChunkStride];
     for (int64_t f = a.begin; f < a.end; f += kChunk) {
-        const int64_t stop = f + kChunk < a.end ? f + kChunk : a.end, count = stop - f;
+        const int64_t stop = f + kChunk < a.end ? f + kChunk : a.end;
         for (int64_t n = f; n < stop; n += 24) {  // gate and up advance together
             const int64_t end = n + 24 < stop ? n + 24 : stop;
             if (gates.base) product(x, x_stride, gates, n, end, a.end, a.hidden, gate + (n - f));
             product(x, x_stride, ups, n, end, a.end, a.hidden, up + (n - f));
         }
-        for (int64_t m = 0; m < a.rows; ++m) {
-            float *g = gate + m * kChunkStride, *u = up + m * kChunkStride;
-            add_bias<Op>(g, a.gate_bias, a.bias_stride, f, count);
-            add_bias<Op>(u, a.up_bias, a.bias_stride, f, count);
-            for (int64_t n = 0; n < count; n += L::kWidth)
-                Op::store_h(rounded + n, activate<L>(a.activation, L::load(g + n), L::load(u + n)));
-            X* h = static_cast<X*>(a.h) + m * h_stride;
-            std::memcpy(h + f, rounded, static_cast<size_t>(count) * sizeof(X));
-            if (stop == a.inner)  // the last vector of K is read whole
-                std::memset(h + stop, 0, static_cast<size_t>(h_stride - stop) * sizeof(X));
-        }
+        finish_gate_up<Op>(a, f, stop - f, gate, up, kChunkStride);
     }
 }
 
 template <class Op>
 void down_few(const DownArgs& a) {
-    using L = typename Op::L;
-    using T = typename Op::T;
+    if (a.k_stride) return down_columns<Op>(a);
     const auto product = few_product_of<Op>(a.format, a.rows);
     FewMatrix matrix = few_matrix(a, a.down, a.scratch);
     alignas(64) float c[kMostFewRows * kChunkStride] = {};
-    alignas(64) T rounded[kChunkStride];
     for (int64_t n = a.begin; n < a.end; n += kChunk) {
-        const int64_t stop = n + kChunk < a.end ? n + kChunk : a.end, count = stop - n;
+        const int64_t stop = n + kChunk < a.end ? n + kChunk : a.end;
         product(static_cast<const typename Op::X*>(a.h), few_stride<Op>(a.inner), matrix, n, stop,
                 a.end, a.inner, c);
-        for (int64_t m = 0; m < a.rows; ++m) {
-            float* row = c + m * kChunkStride;
-            add_bias<Op>(row, a.bias, a.bias_stride, n, count);
-            const typename L::V weight = L::set(a.row_weights[m]);
-            for (int64_t i = 0; i < count; i += L::kWidth)
-                L::store(rounded + i, L::load(row + i) * weight);
-            std::byte* y = a.y + (a.row_ids[m] * a.hidden + n) * static_cast<int64_t>(sizeof(T));
-            std::memcpy(y, rounded, static_cast<size_t>(count) * sizeof(T));
-        }
+        finish_down<Op>(a, n, stop - n, c, kChunkStride);
     }
 }
 

@@ -161,7 +161,6 @@ inline void few_tile_streamed(const typename Op::X* x, int64_t x_stride,
 struct FewMatrix {
     const std::byte* base;
     int64_t row_stride;  // bytes
-    bool in_cache;       // the weights were just written there
 
     // Quantised, few_quantised.h: row n is stored row first + n * step, rows without gaps.
     const std::byte* scales;  // of stored row 0
@@ -195,12 +194,10 @@ void few_product(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix, i
             w[i] = reinterpret_cast<const T*>(matrix.base +
                                               (n + i < end ? n + i : end - 1) * row_stride);
         if constexpr (is_streamed<Op, MR>) {
-            if (!matrix.in_cache) {
-                const auto tile = lets_lines_pass() ? &few_tile_streamed<Op, MR, NR, true>
-                                                    : &few_tile_streamed<Op, MR, NR, false>;
-                tile(x, x_stride, w, k_size, c + (n - begin), kChunkStride);
-                continue;
-            }
+            const auto tile = lets_lines_pass() ? &few_tile_streamed<Op, MR, NR, true>
+                                                : &few_tile_streamed<Op, MR, NR, false>;
+            tile(x, x_stride, w, k_size, c + (n - begin), kChunkStride);
+            continue;
         }
         const int64_t prefetch = n + ahead + NR <= limit ? ahead * row_stride : 0;
         float* to = c + (n - begin);

@@ -59,7 +59,7 @@ class FfnRun {
     };
     struct Reading {  // how the weights of a call are read
         Reading(const Kernels& kernels, const FfnShape& shape, const FfnWeights& weights);
-        bool up_in_place, down_in_place;
+        bool up_in_place, down_in_place;  // by any product
         bool alternating;
         int64_t up_step, down_step;  // chunks of weight rows begin at multiples of them
     };
@@ -74,7 +74,8 @@ class FfnRun {
     // Tasks (ffn_tasks.cpp); x and h of the stage are in `buffer`.
     void pack(const Group& group, int64_t begin, int64_t end, std::byte* buffer) const;
     void set(ProductArgs& a, const Group& group, const WeightView& matrix, const WeightView& bias,
-             WeightFormat format, bool in_place, int64_t begin, int64_t end) const;
+             WeightFormat format, int64_t begin, int64_t end) const;
+    Buffer scratch(const ProductArgs& a, const Group& group, int64_t k_size, size_t matrices) const;
     void gate_up(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
                  int64_t last, std::byte* buffer) const;
     void down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,

@@ -43,37 +43,43 @@ void FfnRun::pack(const Group& group, int64_t begin, int64_t end, std::byte* buf
 }
 
 void FfnRun::set(ProductArgs& a, const Group& group, const WeightView& matrix,
-                 const WeightView& bias, WeightFormat format, bool in_place, int64_t begin,
-                 int64_t end) const {
+                 const WeightView& bias, WeightFormat format, int64_t begin, int64_t end) const {
+    const auto item = static_cast<int64_t>(item_size(shape_.dtype));
     a.rows = group.rows;
     a.hidden = shape_.hidden;
     a.inner = shape_.inner;
-    a.format = in_place ? format : WeightFormat::kPlain;
+    a.format = group.few ? format : WeightFormat::kPlain;
     a.row_stride = matrix.row_stride;
     a.row_step = 1;
+    const bool by_columns = group.few && group.rows <= kernels_.few_columns_rows;
+    a.k_stride = by_columns && is_transposed(matrix, format, item) ? matrix.k_stride : 0;
     a.group = matrix.group;
-    a.in_cache = !in_place;
     a.bias_stride = bias.row_stride;
     a.begin = begin;
     a.end = end;
 }
 
+// `matrices` of them with K columns.
+Buffer FfnRun::scratch(const ProductArgs& a, const Group& group, int64_t k_size,
+                       size_t matrices) const {
+    const Kernels& k = kernels_;
+    if (!group.few) return make_scratch(k.scratch_bytes(k_size));
+    return make_scratch(a.k_stride ? k.few_columns_bytes(group.rows)
+                                   : matrices * few_scratch_bytes(a.format, k_size));
+}
+
 void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group& group,
                      int64_t first, int64_t last, std::byte* buffer) const {
     const Kernels& k = kernels_;
-    const bool quantised = weights.format != WeightFormat::kPlain;
-    const bool in_place = quantised ? group.few : how.up_in_place;
-    const auto scratch = make_scratch(
-        group.few
-            ? 2 * few_scratch_bytes(in_place ? weights.format : WeightFormat::kPlain, shape_.hidden)
-            : k.scratch_bytes(std::max(shape_.hidden, shape_.inner)));
     GateUpArgs a{};
-    set(a, group, weights.up, weights.up_bias, weights.format, in_place, first, last);
+    set(a, group, weights.up, weights.up_bias, weights.format, first, last);
+    const Buffer scratch = this->scratch(a, group, shape_.hidden, 2);
     a.scratch = scratch.data();
     a.x = buffer + group.x;
     a.gate = rows_of(weights.gate, group.slot);
     a.up = rows_of(weights.up, group.slot);
-    if (quantised && how.alternating) {  // both are rows of one matrix
+    const bool in_place = how.up_in_place || a.k_stride || a.format != WeightFormat::kPlain;
+    if (!how.up_in_place && in_place && how.alternating) {  // both are rows of one matrix
         a.row_step = 2;
         a.up = a.gate;
         a.up.first = 1;
@@ -105,13 +111,9 @@ void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group&
 void FfnRun::down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
                   int64_t last, std::byte* buffer) const {
     const Kernels& k = kernels_;
-    const bool in_place = weights.format != WeightFormat::kPlain ? group.few : how.down_in_place;
-    const auto scratch =
-        make_scratch(group.few ? few_scratch_bytes(in_place ? weights.format : WeightFormat::kPlain,
-                                                   shape_.inner)
-                               : k.scratch_bytes(std::max(shape_.hidden, shape_.inner)));
     DownArgs a{};
-    set(a, group, weights.down, weights.down_bias, weights.format, in_place, first, last);
+    set(a, group, weights.down, weights.down_bias, weights.format, first, last);
+    const Buffer scratch = this->scratch(a, group, shape_.inner, 1);
     a.scratch = scratch.data();
     a.h = buffer + group.h;
     a.down = rows_of(weights.down, group.slot);
@@ -120,7 +122,7 @@ void FfnRun::down(const FfnWeights& weights, const Reading& how, const Group& gr
     a.row_ids = row_ids_.data() + group.first;
     a.y = y_.data();
     const auto multiply = group.few ? k.down_few : k.down_many;
-    if (in_place) return multiply(a);
+    if (how.down_in_place || a.k_stride || a.format != WeightFormat::kPlain) return multiply(a);
     const Panel panel(k, weights.format, how.down_step, shape_.inner,
                       static_cast<int64_t>(item_size(shape_.dtype)));
     a.row_stride = panel.stride;

@@ -32,8 +32,10 @@ namespace moe_offload {
 // 4, one core: 204 to 213 GFLOP/s in parts of 240 or 480 rows, 151 to 170 in one.
 constexpr int64_t kPartRows = 480;
 
-// A matrix of weights. Plain: row n is at base + n * row_stride. Quantised, few rows of x only: row
-// n is stored row first + n * row_step, and those lie without gaps.
+// A matrix of weights. Plain: row n is at base + n * row_stride. For few rows of x also quantised:
+// row n is stored row first + n * row_step, and those lie without gaps; and plain but transposed:
+// element k of row n is at base + k * k_stride and n * row_step elements, gate and up that
+// alternate (row_step 2) both being read from gate.
 struct WeightRows {
     const std::byte* base = nullptr;
     const std::byte* scales = nullptr;  // of stored row 0
@@ -45,12 +47,13 @@ struct ProductArgs {  // of both products
     int64_t hidden, inner;  // H, F
     WeightFormat format;    // of the matrices
     int64_t row_stride;     // plain: bytes from weight row to weight row
-    int64_t row_step;       // quantised: stored rows from one to the next
+    int64_t row_step;       // quantised: stored rows from one to the next; transposed: columns
+    int64_t k_stride;       // bytes, of transposed matrices; else 0
     int64_t group;          // of int4_group
-    bool in_cache;          // the weights were just written there (panel.h)
     int64_t bias_stride;    // bytes
     int64_t begin, end;     // weight rows to multiply by
-    // Many rows: Kernels::scratch_bytes(max(H, F)). Few: few_scratch_bytes, gate and up each.
+    // Many rows: Kernels::scratch_bytes(max(H, F)). Few: few_scratch_bytes, gate and up each, or
+    // Kernels::few_columns_bytes of transposed matrices.
     std::byte* scratch;
 };
 
@@ -171,6 +174,9 @@ struct Kernels {
     int64_t (*block_k)(int64_t k);     // K of packed x and h, padded
     int64_t row_step;                  // chunks of weight rows begin at multiples of it
     size_t (*scratch_bytes)(int64_t max_k);
+    // Transposed weights are read where they are for up to so many rows of x, which takes scratch.
+    int64_t few_columns_rows;
+    size_t (*few_columns_bytes)(int64_t rows);
 
     // Gather rows `tokens[0 .. rows)` of hidden [T, K] into the few-row layout, or one block.
     void (*pack_few)(const void* hidden, const int64_t* tokens, int64_t rows, int64_t k, void* x);

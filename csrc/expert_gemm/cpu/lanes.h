@@ -34,6 +34,17 @@ inline To bit_cast_to(From from) {
 
 // ---- portable: vectors of N floats that the compiler lowers to what there is ------------------
 
+// The additions of sum(), of N vectors instead of lanes.
+template <int N, class V, class At>
+inline V added_by_halves(const At& at) {
+    V v[N];
+    for (int i = 0; i < N; ++i) v[i] = at(i);
+#pragma GCC unroll 4
+    for (int width = N / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) v[i] = v[i] + v[i + width];
+    return v[0];
+}
+
 // GCC takes the size of a vector type as a literal only.
 template <int N>
 struct VectorTypes;
@@ -107,6 +118,11 @@ struct PortableLanes {
         return lanes[0];
     }
 
+    template <class At>
+    static V added(const At& at) {
+        return added_by_halves<N, V>(at);
+    }
+
     static uint16_t half_bits(float value) {
         const uint32_t u = bit_cast_to<uint32_t>(value), sign = (u >> 16) & 0x8000u;
         const uint32_t magnitude = u & 0x7fffffffu;
@@ -175,6 +191,10 @@ struct Avx2Lanes {
                    _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee);
         return _mm256_shuffle_ps(b[0], b[1], 0x88) + _mm256_shuffle_ps(b[0], b[1], 0xdd);
     }
+    template <class At>
+    static V added(const At& at) {
+        return added_by_halves<8, V>(at);
+    }
     static float sum(V v) {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -237,6 +257,14 @@ struct Avx512Lanes {
     }
     static void store(F16* p, V v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
+    }
+    // The additions of sums(), of sixteen vectors instead of lanes.
+    template <class At>
+    static V added(const At& at) {
+        V quarter[4];
+        for (int i = 0; i < 4; ++i)
+            quarter[i] = (at(4 * i) + at(4 * i + 2)) + (at(4 * i + 1) + at(4 * i + 3));
+        return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
     }
     // The lanes of each vector added up, sixteen vectors by transposition instead of one by one.
     template <int N>

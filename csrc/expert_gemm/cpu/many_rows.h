@@ -403,6 +403,8 @@ Kernels make_kernels(const char* isa) {
     k.block_k = &padded_k<Tile>;
     k.row_step = Tile::kRows;
     k.scratch_bytes = &Tile::scratch_bytes;
+    k.few_columns_rows = FewColumns<FewOp>::kWorthRows;
+    k.few_columns_bytes = &few_columns_bytes<FewOp>;
     k.pack_few = &pack_few<FewOp>;
     k.pack_block = &pack_block<Tile>;
     k.gate_up_few = &gate_up_few<FewOp>;
