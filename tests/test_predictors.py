@@ -28,6 +28,8 @@ from moe_offload.errors import PageReadError
 from moe_offload.huggingface.observe import observe
 from moe_offload.predictors import make_predictor
 from moe_offload.predictors.base import Prediction, Predictions, Predictor
+from moe_offload.predictors.driver import PrefetchDriver
+from moe_offload.predictors.metrics import LiveRecall
 from moe_offload.predictors.oracle import CallRecorder, Oracle
 from moe_offload.predictors.previous import PreviousToken
 from moe_offload.predictors.recall import Recall
@@ -168,6 +170,19 @@ def test_a_lower_threshold_fetches_what_is_less_likely() -> None:
         # 52 at 0.5; 144 at 0.1, fewer where a busy machine's forward comes first: the best counts
         started[threshold] = max(started[threshold], stats["prefetches_started"])
     assert started[0.1] > 2 * started[0.5] > 0
+
+
+@pytest.mark.parametrize(
+    ("threshold", "top_k", "expected"),
+    [(0.5, 1, 2), (0.9, 4, 6), (0.1, 1, 10), (0.03, 1, 34), (0.4, 2, 5), (0.45, 4, 9)],
+)
+def test_a_token_may_fetch_every_expert_whose_rank_allows_the_chance(
+    threshold: float, top_k: int, expected: int
+) -> None:
+    """Chances of a token's experts sum to A, so the one of rank r has at most A / r."""
+    driver = PrefetchDriver.__new__(PrefetchDriver)
+    driver.threshold, driver.recall = threshold, LiveRecall(1, top_k)
+    assert driver._candidates() == expected
 
 
 def test_everything_is_cancelled_or_stopped_by_the_learned_chance() -> None:

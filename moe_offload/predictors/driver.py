@@ -18,6 +18,7 @@ in the pager's threads, behind every demand.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -225,7 +226,7 @@ class PrefetchDriver:
             asked.ranking,
             chances,
             self.threshold,
-            asked.ranking.rows * max(self.recall.deep, 1),
+            asked.ranking.rows * self._candidates(),
             self._budget(asked.moment),
             self._started.get(layer, []),
         )
@@ -234,6 +235,13 @@ class PrefetchDriver:
             asked.absent.update(absent)
             asked.begin_ns = asked.begin_ns or time.perf_counter_ns()
         return complete
+
+    def _candidates(self) -> int:
+        """Experts a token may have fetched: the one of rank r has a chance of A / r at most."""
+        deep = max(self.recall.deep, 1)
+        if self.threshold >= 0.5:
+            return deep
+        return max(deep, math.ceil(self.recall.top_k / self.threshold))
 
     def _budget(self, moment: str) -> int:
         """Pages whose copies fit into the time until they are needed, and one that may not."""
