@@ -73,6 +73,7 @@ struct FewColumns {
     static constexpr int kMostSums = L::kWidth == 16 ? 16 : 8;  // vectors in registers
     static constexpr int kMostRows = kMostSums / kVectors < 4 ? kMostSums / kVectors : 4;  // of x
 
+    // Rows of x up to which this was the faster way; not measured on the portable path.
     static constexpr int64_t kWorthRows = L::kWidth == 16 ? (Step::kRows == 2 ? 2 : 1) : 8;
 
     // Columns whose sums stay in 64 KiB, 1024 at most.
@@ -85,8 +86,9 @@ struct FewColumns {
 
     const X* x;
     int64_t rows, x_stride;
-    int64_t k_stride, k_size;  // bytes from row to row of K
-    float* scratch;            // sums(rows)
+    int64_t k_stride;  // bytes from row to row of K
+    int64_t k_size;
+    float* scratch;  // sums(rows)
 
     // c[m * ldc + n] = sum_k x[m][k] w[k][n] for n < columns, rounded up to whole blocks; `next`:
     // row 0 of the columns that come then, or null.

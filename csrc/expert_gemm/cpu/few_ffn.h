@@ -69,14 +69,6 @@ inline FewMatrix few_matrix(const ProductArgs& a, const WeightRows& rows, std::b
             reinterpret_cast<BF16*>(scratch)};
 }
 
-template <class Op>
-inline void add_bias(float* c, const std::byte* bias, int64_t stride, int64_t begin,
-                     int64_t count) {
-    if (!bias) return;
-    for (int64_t n = 0; n < count; ++n)
-        c[n] += widen(*reinterpret_cast<const typename Op::T*>(bias + (begin + n) * stride));
-}
-
 // h of features [f, f + count) from their products, ldc apart from row to row. Whole vectors of
 // them are read.
 template <class Op>

@@ -79,6 +79,20 @@ constexpr int64_t few_stride(int64_t k) {
     return (k + Op::kStep - 1) / Op::kStep * Op::kStep + Op::kStep;
 }
 
+// c[m * ldc + n] = the lanes of acc[m * NR + n], added up.
+template <class L, int MR, int NR>
+inline void store_sums(const typename L::V* acc, float* c, int64_t ldc) {
+    float sums[MR * NR + 16];
+    L::template sums<MR * NR>(acc, sums);
+    for (int m = 0; m < MR; ++m)
+        for (int n = 0; n < NR; ++n) c[m * ldc + n] = sums[m * NR + n];
+}
+
+// How many weight rows ahead of a tile lie `bytes`, in whole tiles.
+inline int64_t rows_ahead(int64_t bytes, int64_t row_bytes, int64_t tile_rows) {
+    return (bytes / row_bytes / tile_rows + 1) * tile_rows;
+}
+
 // c[m * ldc + n] = sum_k x[m][k] w[n][k]
 template <class Op, int MR, int NR>
 inline void few_tile(const typename Op::X* x, int64_t x_stride, const typename Op::T* const* w,
@@ -107,10 +121,7 @@ inline void few_tile(const typename Op::X* x, int64_t x_stride, const typename O
         for (int n = 0; n < NR; ++n) ws[n] = Op::load_w_tail(w[n] + k, k_size - k);
         step(ws);
     }
-    float sums[MR * NR + 16];
-    L::template sums<MR * NR>(acc, sums);
-    for (int m = 0; m < MR; ++m)
-        for (int n = 0; n < NR; ++n) c[m * ldc + n] = sums[m * NR + n];
+    store_sums<L, MR, NR>(acc, c, ldc);
 }
 
 // The same, each weight row to its end before the next begins.
@@ -151,10 +162,7 @@ inline void few_tile_streamed(const typename Op::X* x, int64_t x_stride,
         if (whole < k_size) step(Op::load_w_tail(w[n] + whole, k_size - whole), whole);
         for (int m = 0; m < MR; ++m) all[m * NR + n] = acc[m];
     }
-    float sums[MR * NR + 16];
-    L::template sums<MR * NR>(all, sums);
-    for (int m = 0; m < MR; ++m)
-        for (int n = 0; n < NR; ++n) c[m * ldc + n] = sums[m * NR + n];
+    store_sums<L, MR, NR>(all, c, ldc);
 }
 
 // A matrix as these kernels read it.
@@ -175,11 +183,6 @@ template <class Op>
 using FewProduct = void (*)(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix,
                             int64_t begin, int64_t end, int64_t limit, int64_t k_size, float* c);
 
-// Weight rows ahead of a tile of NR of them that are prefetched.
-inline int64_t few_rows_ahead(int64_t row_bytes, int64_t tile_rows) {
-    return (kPrefetchBytes / row_bytes / tile_rows + 1) * tile_rows;
-}
-
 // FewProduct of a plain matrix.
 template <class Op, int MR>
 void few_product(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix, int64_t begin,
@@ -187,7 +190,7 @@ void few_product(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix, i
     constexpr int kHalf = is_halved<Op, MR> ? 4 : MR, NR = few_tile_rows<Op>(kHalf);
     using T = typename Op::T;
     const int64_t row_stride = matrix.row_stride;
-    const int64_t ahead = few_rows_ahead(row_stride, NR);
+    const int64_t ahead = rows_ahead(kPrefetchBytes, row_stride, NR);
     for (int64_t n = begin; n < end; n += NR) {
         const T* w[NR];
         for (int64_t i = 0; i < NR; ++i)
@@ -207,6 +210,14 @@ void few_product(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix, i
             few_tile<Op, MR - kHalf, NR>(x + kHalf * x_stride, x_stride, w, k_size, 0,
                                          to + kHalf * kChunkStride, kChunkStride);
     }
+}
+
+template <class Op>
+inline void add_bias(float* c, const std::byte* bias, int64_t stride, int64_t begin,
+                     int64_t count) {
+    if (!bias) return;
+    for (int64_t n = 0; n < count; ++n)
+        c[n] += widen(*reinterpret_cast<const typename Op::T*>(bias + (begin + n) * stride));
 }
 
 template <class Op>

@@ -75,7 +75,8 @@ class FfnRun {
     void pack(const Group& group, int64_t begin, int64_t end, std::byte* buffer) const;
     void set(ProductArgs& a, const Group& group, const WeightView& matrix, const WeightView& bias,
              WeightFormat format, int64_t begin, int64_t end) const;
-    Buffer scratch(const ProductArgs& a, const Group& group, int64_t k_size, size_t matrices) const;
+    Buffer scratch_of(const ProductArgs& a, const Group& group, int64_t k_size,
+                      size_t matrices) const;
     void gate_up(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,
                  int64_t last, std::byte* buffer) const;
     void down(const FfnWeights& weights, const Reading& how, const Group& group, int64_t first,

@@ -18,6 +18,11 @@ void in_panels(int64_t first, int64_t last, int64_t step, F&& take) {
     }
 }
 
+// Do few rows read weights that are quantised or transposed where they are?
+bool are_read_as_stored(const ProductArgs& a) {
+    return a.k_stride || a.format != WeightFormat::kPlain;
+}
+
 WeightRows rows_of(const WeightView& matrix, int64_t slot) {
     return {matrix.slot(slot), matrix.slot_scales(slot)};
 }
@@ -60,8 +65,8 @@ void FfnRun::set(ProductArgs& a, const Group& group, const WeightView& matrix,
 }
 
 // `matrices` of them with K columns.
-Buffer FfnRun::scratch(const ProductArgs& a, const Group& group, int64_t k_size,
-                       size_t matrices) const {
+Buffer FfnRun::scratch_of(const ProductArgs& a, const Group& group, int64_t k_size,
+                          size_t matrices) const {
     const Kernels& k = kernels_;
     if (!group.few) return make_scratch(k.scratch_bytes(k_size));
     return make_scratch(a.k_stride ? k.few_columns_bytes(group.rows)
@@ -73,13 +78,12 @@ void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group&
     const Kernels& k = kernels_;
     GateUpArgs a{};
     set(a, group, weights.up, weights.up_bias, weights.format, first, last);
-    const Buffer scratch = this->scratch(a, group, shape_.hidden, 2);
+    const Buffer scratch = scratch_of(a, group, shape_.hidden, 2);
     a.scratch = scratch.data();
     a.x = buffer + group.x;
     a.gate = rows_of(weights.gate, group.slot);
     a.up = rows_of(weights.up, group.slot);
-    const bool in_place = how.up_in_place || a.k_stride || a.format != WeightFormat::kPlain;
-    if (!how.up_in_place && in_place && how.alternating) {  // both are rows of one matrix
+    if (are_read_as_stored(a) && how.alternating) {  // both are rows of one matrix
         a.row_step = 2;
         a.up = a.gate;
         a.up.first = 1;
@@ -89,7 +93,7 @@ void FfnRun::gate_up(const FfnWeights& weights, const Reading& how, const Group&
     a.activation = shape_.activation;
     a.h = buffer + group.h;
     const auto multiply = group.few ? k.gate_up_few : k.gate_up_many;
-    if (in_place) return multiply(a);
+    if (how.up_in_place || are_read_as_stored(a)) return multiply(a);
     const Panel panel(k, weights.format, 2 * how.up_step, shape_.hidden,
                       static_cast<int64_t>(item_size(shape_.dtype)));
     a.row_stride = (how.alternating ? 2 : 1) * panel.stride;
@@ -113,7 +117,7 @@ void FfnRun::down(const FfnWeights& weights, const Reading& how, const Group& gr
     const Kernels& k = kernels_;
     DownArgs a{};
     set(a, group, weights.down, weights.down_bias, weights.format, first, last);
-    const Buffer scratch = this->scratch(a, group, shape_.inner, 1);
+    const Buffer scratch = scratch_of(a, group, shape_.inner, 1);
     a.scratch = scratch.data();
     a.h = buffer + group.h;
     a.down = rows_of(weights.down, group.slot);
@@ -122,7 +126,7 @@ void FfnRun::down(const FfnWeights& weights, const Reading& how, const Group& gr
     a.row_ids = row_ids_.data() + group.first;
     a.y = y_.data();
     const auto multiply = group.few ? k.down_few : k.down_many;
-    if (how.down_in_place || a.k_stride || a.format != WeightFormat::kPlain) return multiply(a);
+    if (how.down_in_place || are_read_as_stored(a)) return multiply(a);
     const Panel panel(k, weights.format, how.down_step, shape_.inner,
                       static_cast<int64_t>(item_size(shape_.dtype)));
     a.row_stride = panel.stride;

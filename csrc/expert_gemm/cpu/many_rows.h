@@ -189,11 +189,6 @@ inline typename Op::L::V bias_at(const std::byte* bias, int64_t stride, int64_t 
     return Op::L::set(widen(*reinterpret_cast<const typename Op::T*>(bias + n * stride)));
 }
 
-// How many weight rows ahead of a tile of `step` rows to prefetch; see few_rows.h.
-inline int64_t prefetch_rows(int64_t row_stride, int64_t step) {
-    return (kPrefetchBytes / row_stride / step + 1) * step;
-}
-
 template <class Tile>
 void gate_up_many(const GateUpArgs& a) {
     using Op = typename Tile::Op;
@@ -203,7 +198,7 @@ void gate_up_many(const GateUpArgs& a) {
     const bool gated = a.gate.base != nullptr;
     const int64_t features = gated ? Tile::kRows / 2 : Tile::kRows;  // f per tile
     const int64_t x_k = padded_k<Tile>(a.hidden), h_k = padded_k<Tile>(a.inner);
-    const int64_t ahead = prefetch_rows(a.row_stride, features);
+    const int64_t ahead = rows_ahead(kPrefetchBytes, a.row_stride, features);
     alignas(64) float c[Tile::kRows * Tile::kMaxVectors * kLanes];
     Tile::begin();
     for (int64_t f = a.begin; f < a.end; f += features) {
@@ -323,7 +318,7 @@ void down_many(const DownArgs& a) {
     using T = typename Op::T;
     constexpr int64_t kLanes = Op::L::kWidth, kItem = sizeof(T);
     const int64_t h_k = padded_k<Tile>(a.inner);
-    const int64_t ahead = prefetch_rows(a.row_stride, Tile::kRows);
+    const int64_t ahead = rows_ahead(kPrefetchBytes, a.row_stride, Tile::kRows);
     alignas(64) float c[Tile::kRows * Tile::kMaxVectors * kLanes];
     Tile::begin();
     for (int64_t n = a.begin; n < a.end; n += Tile::kRows) {

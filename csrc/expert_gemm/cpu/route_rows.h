@@ -7,7 +7,7 @@
 #pragma once
 
 #include "expert_gemm/cpu/activations.h"
-#include "expert_gemm/cpu/few_ffn.h"
+#include "expert_gemm/cpu/few_rows.h"
 #include "expert_gemm/cpu/kernels.h"
 #include "expert_gemm/cpu/ops.h"
 
