@@ -112,7 +112,7 @@ def special_scales(form: str, shape: torch.Size) -> Tensor:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 30])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 12, 30])
 @pytest.mark.parametrize("form", ["mxfp4", "fp8_block", "int4_group"])
 def test_every_code_under_special_scales(form: str, tokens: int, isa: str) -> None:
     """In `down` each row of weights is an output of its own, so that one NaN is not all of them."""
@@ -141,6 +141,27 @@ def test_every_code_under_special_scales(form: str, tokens: int, isa: str) -> No
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 12, 30])
+def test_rows_of_one_fp8_code_each(tokens: int, isa: str) -> None:
+    """Codes that kernels treat by themselves (zero, subnormal, NaN) fill whole vectors here."""
+    hidden, inner = 256, 160
+    inputs = Inputs.make(Case("", tokens, 1, 1, hidden, inner), torch.bfloat16)
+    stored = quantised_twin(inputs, "fp8_block")
+    code = torch.arange(256, dtype=torch.uint8)[None, :, None].repeat(1, 1, inner)
+    stored["down_proj"] = code.view(torch.float8_e4m3fn)
+    for scale in (0.0, -0.0, 1e-40, -1e-38, 2.0**-101, 2.0**-99, -0.37, 1.0, 3e4, 2.0**99, 2.0**101,
+                  -(2.0**120), 3e38, math.inf, -math.inf, math.nan):  # fmt: skip
+        stored["down_proj" + SCALES].fill_(scale)
+        inputs.weights["down_proj"] = quantization.dequantise(
+            "fp8_block", stored["down_proj"], stored["down_proj" + SCALES], torch.bfloat16
+        )
+        got = quantised(inputs, stored, "fp8_block", isa)
+        expected = inputs.native(isa)
+        same = got.view(torch.int16) == expected.view(torch.int16)
+        assert (same | (got.isnan() & expected.isnan())).all(), scale
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_fp8_columns_that_are_not_there_count_as_zero(tokens: int, isa: str) -> None:
     """Even where the last block's scale is infinite, and zero times it is NaN."""
@@ -154,7 +175,7 @@ def test_fp8_columns_that_are_not_there_count_as_zero(tokens: int, isa: str) -> 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("tokens", range(1, 26))
 @pytest.mark.parametrize("form", ["mxfp4", "fp8_block", "int4_group"])
 def test_few_rows_of_any_number(form: str, tokens: int, isa: str) -> None:
     """Tiles of weight rows end within a block, at its end, at a task's and at the matrix's."""

@@ -28,15 +28,33 @@ struct ColumnStep {
     static constexpr int64_t kRows = 1;
     static constexpr int kVectors = 64 / (L::kWidth * static_cast<int>(sizeof(typename Op::T)));
 
-    static void load(const std::byte* row, int64_t, typename Op::Vec* to) {
-        const auto* p = reinterpret_cast<const typename Op::T*>(row);
-        for (int v = 0; v < kVectors; ++v) to[v] = L::load(p + v * L::kWidth);
+    static typename Op::Vec load(const std::byte* row, int64_t, int v) {
+        return L::load(reinterpret_cast<const typename Op::T*>(row) + v * L::kWidth);
     }
     // Sums to columns in order.
     static void store(float* to, const typename L::V* sums) {
         for (int v = 0; v < kVectors; ++v) L::store(to + v * L::kWidth, sums[v]);
     }
 };
+
+#if defined(__AVX2__)
+template <>
+struct ColumnStep<PairOp> {
+    using L = PairOp::L;
+    static constexpr int64_t kRows = 2;
+    static constexpr int kVectors = 4;
+
+    static PairOp::Vec load(const std::byte* row, int64_t k_stride, int v) {
+        const auto at = [v](const std::byte* p) {
+            return L::load(reinterpret_cast<const BF16*>(p) + v * L::kWidth);
+        };
+        return {at(row), at(row + k_stride)};
+    }
+    static void store(float* to, const L::V* sums) {
+        for (int v = 0; v < kVectors; ++v) L::store(to + v * L::kWidth, sums[v]);
+    }
+};
+#endif
 
 #if defined(__AVX512BF16__)
 template <>
@@ -45,10 +63,9 @@ struct ColumnStep<DotOp> {
     static constexpr int kVectors = 2;
 
     // Unpacking works within 128 bits: columns 0-3, 8-11, 16-19, 24-27, and the others.
-    static void load(const std::byte* row, int64_t k_stride, __m512bh* to) {
+    static __m512bh load(const std::byte* row, int64_t k_stride, int v) {
         const __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(row + k_stride);
-        to[0] = (__m512bh)_mm512_unpacklo_epi16(a, b);
-        to[1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+        return (__m512bh)(v ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
     }
     static void store(float* to, const __m512* sums) {
         const __m512i first =
@@ -180,21 +197,19 @@ struct FewColumns {
             };
             each([&](V& sum, const float* p) { sum = first ? L::set(0.0f) : L::load(p); });
             const std::byte* row = at + j * Step::kRows * stride;
-            const X* xk = from + j * Step::kRows;
+            const X* xk = from;
             for (int64_t s = 0; s < steps; ++s, row += Op::kStep * stride, xk += Op::kStep)
 #pragma GCC unroll 8
-                for (int i = 0; i < JR; ++i) {
-                    typename Op::Vec w[kVectors];
-                    Step::load(row + i * Step::kRows * stride, stride, w);
+                for (int i = 0; i < JR; ++i)
 #pragma GCC unroll 4
-                    for (int m = 0; m < MR; ++m) {
-                        const typename Op::Vec xv =
-                            Op::broadcast(xk + m * x_stride + i * Step::kRows);
+                    for (int v = 0; v < kVectors; ++v) {
+                        const typename Op::Vec w =
+                            Step::load(row + i * Step::kRows * stride, stride, v);
 #pragma GCC unroll 4
-                        for (int v = 0; v < kVectors; ++v)
-                            acc[m][i][v] = Op::step(acc[m][i][v], xv, w[v]);
+                        for (int m = 0; m < MR; ++m)
+                            acc[m][i][v] = Op::step(
+                                acc[m][i][v], Op::broadcast_lane(xk + m * x_stride, j + i), w);
                     }
-                }
             each([&](const V& sum, float* p) { L::store(p, sum); });
         }
     }

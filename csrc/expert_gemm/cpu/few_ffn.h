@@ -15,25 +15,17 @@ struct Plain {
     template <class Op, int MR>
     static constexpr FewProduct<Op> product = &few_product<Op, MR>;
 };
-template <class Rows>
-struct ScaledRows {
+template <WeightFormat Format>
+struct Quantised {
     template <class Op, int MR>
-    static constexpr FewProduct<Op> product = &few_product_quantised<Op, MR, Rows>;
-};
-template <class Scale>
-struct ScaledBlocks {
-    template <class Op, int MR>
-    static constexpr FewProduct<Op> product = &few_product_fp8<Op, MR, Scale>;
+    static constexpr FewProduct<Op> product = quantised_product<Op, MR, Format>();
 };
 
-template <class Op, class Matrix>
+template <class Op, class Matrix, int MR = 1>
 inline FewProduct<Op> of_rows(int64_t rows) {
-    static constexpr FewProduct<Op> kByRows[kMostFewRows] = {
-        Matrix::template product<Op, 1>, Matrix::template product<Op, 2>,
-        Matrix::template product<Op, 3>, Matrix::template product<Op, 4>,
-        Matrix::template product<Op, 5>, Matrix::template product<Op, 6>,
-        Matrix::template product<Op, 7>, Matrix::template product<Op, 8>};
-    return kByRows[rows - 1];
+    if constexpr (MR < kMostFewRows<Op>)
+        if (rows > MR) return of_rows<Op, Matrix, MR + 1>(rows);
+    return Matrix::template product<Op, MR>;
 }
 
 // The product of `rows` rows of x; quantised matrices mean bf16.
@@ -42,15 +34,15 @@ inline FewProduct<Op> few_product_of(WeightFormat format, int64_t rows) {
     if constexpr (__is_same(typename Op::T, BF16)) {
         switch (format) {
             case WeightFormat::kMxfp4:
-                return of_rows<Op, ScaledRows<Mxfp4Rows>>(rows);
+                return of_rows<Op, Quantised<WeightFormat::kMxfp4>>(rows);
             case WeightFormat::kFp8Block:
-                return of_rows<Op, ScaledBlocks<float>>(rows);
+                return of_rows<Op, Quantised<WeightFormat::kFp8Block>>(rows);
             case WeightFormat::kFp8BlockBF16:
-                return of_rows<Op, ScaledBlocks<BF16>>(rows);
+                return of_rows<Op, Quantised<WeightFormat::kFp8BlockBF16>>(rows);
             case WeightFormat::kInt4Group:
-                return of_rows<Op, ScaledRows<Int4Rows<BF16>>>(rows);
+                return of_rows<Op, Quantised<WeightFormat::kInt4Group>>(rows);
             case WeightFormat::kInt4GroupF16:
-                return of_rows<Op, ScaledRows<Int4Rows<F16>>>(rows);
+                return of_rows<Op, Quantised<WeightFormat::kInt4GroupF16>>(rows);
             case WeightFormat::kPlain:
                 break;
         }
@@ -88,10 +80,18 @@ inline void finish_gate_up(const GateUpArgs& a, int64_t f, int64_t count, float*
             for (int64_t n = 0; n < some; n += L::kWidth)
                 Op::store_h(rounded + n, activate<L>(a.activation, L::load(g + begin + n),
                                                      L::load(u + begin + n)));
-            std::memcpy(h + f + begin, rounded, static_cast<size_t>(some) * sizeof(X));
+            if constexpr (has_places<Op>)
+                for (int64_t i = 0; i < some; ++i) h[Op::place(f + begin + i)] = rounded[i];
+            else
+                std::memcpy(h + f + begin, rounded, static_cast<size_t>(some) * sizeof(X));
         }
-        if (f + count == a.inner)  // the last vector of K is read whole
-            std::memset(h + a.inner, 0, static_cast<size_t>(h_stride - a.inner) * sizeof(X));
+        if (f + count != a.inner) continue;
+        for (int64_t i = a.inner; i < h_stride; ++i) {  // the last vector of K is read whole
+            if constexpr (has_places<Op>)
+                h[Op::place(i)] = 0.0f;
+            else
+                h[i] = X{};
+        }
     }
 }
 
@@ -193,7 +193,8 @@ void gate_up_few(const GateUpArgs& a) {
     const auto product = few_product_of<Op>(a.format, a.rows);
     FewMatrix gates = few_matrix(a, a.gate, a.scratch);
     FewMatrix ups = few_matrix(a, a.up, a.scratch + few_scratch_bytes(a.format, a.hidden));
-    alignas(64) float gate[kMostFewRows * kChunkStride] = {}, up[kMostFewRows * kChunkStride] = {};
+    constexpr int64_t kOutputs = kMostFewRows<Op> * kChunkStride;
+    alignas(64) float gate[kOutputs] = {}, up[kOutputs] = {};
     for (int64_t f = a.begin; f < a.end; f += kChunk) {
         const int64_t stop = f + kChunk < a.end ? f + kChunk : a.end;
         for (int64_t n = f; n < stop; n += 24) {  // gate and up advance together
@@ -210,7 +211,7 @@ void down_few(const DownArgs& a) {
     if (a.k_stride) return down_columns<Op>(a);
     const auto product = few_product_of<Op>(a.format, a.rows);
     FewMatrix matrix = few_matrix(a, a.down, a.scratch);
-    alignas(64) float c[kMostFewRows * kChunkStride] = {};
+    alignas(64) float c[kMostFewRows<Op> * kChunkStride] = {};
     for (int64_t n = a.begin; n < a.end; n += kChunk) {
         const int64_t stop = n + kChunk < a.end ? n + kChunk : a.end;
         product(static_cast<const typename Op::X*>(a.h), few_stride<Op>(a.inner), matrix, n, stop,

@@ -6,6 +6,7 @@
 // a number.
 #pragma once
 
+#include "expert_gemm/cpu/dequantise.h"
 #include "expert_gemm/cpu/few_rows.h"
 #include "expert_gemm/cpu/numbers.h"
 
@@ -24,6 +25,10 @@ constexpr int quantised_tile_rows(int rows) {
     const int most = few_tile_rows<Op>(rows);
     return most < 4 ? most : 4;
 }
+
+// From so many rows of x on, rows of weights are unpacked to bf16 in the L1 instead.
+template <class Op>
+constexpr int kUnpackedFrom = has_places<Op> ? 6 : kMostFewRows<Op> + 1;
 
 // Sums of MR rows of x times NR rows of weights.
 template <class Op, int MR, int NR>
@@ -150,8 +155,7 @@ struct Fp8Rows {
         const auto* scales = reinterpret_cast<const Scale*>(rows.scales[0]);
         for (int64_t begin = 0; begin < k_size; begin += kBlock) {
             const int64_t end = begin + kBlock < k_size ? begin + kBlock : k_size;
-            const auto table =
-                Unpack::table(matrix.magnitudes + begin, widen(scales[begin / kBlock]));
+            const auto table = Unpack::table(matrix.scratch + begin, widen(scales[begin / kBlock]));
             int64_t k = begin;
             for (; k + kWords <= end; k += kWords) {
                 if (k % 64 == 0) rows.prefetch(k);
@@ -172,7 +176,7 @@ struct Fp8Rows {
 template <class Op, int MR, class Rows, int NR>
 inline void quantised_tile(const typename Op::X* x, int64_t x_stride, const QuantisedRows<NR>& rows,
                            const FewMatrix& matrix, int64_t k_size, float* c) {
-    constexpr int kHalf = is_halved<Op, MR> ? 4 : MR;
+    constexpr int kHalf = Op::L::kWidth == 16 || MR <= 6 ? MR : 4;
     Rows::template tile<Op, kHalf, NR>(x, x_stride, rows, matrix, k_size, c, kChunkStride);
     if constexpr (kHalf < MR)
         Rows::template tile<Op, MR - kHalf, NR>(x + kHalf * x_stride, x_stride, rows, matrix,
@@ -183,7 +187,7 @@ inline void quantised_tile(const typename Op::X* x, int64_t x_stride, const Quan
 template <class Op, int MR, class Rows>
 void few_product_quantised(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix,
                            int64_t begin, int64_t end, int64_t limit, int64_t k_size, float* c) {
-    constexpr int NR = quantised_tile_rows<Op>(is_halved<Op, MR> ? 4 : MR);
+    constexpr int NR = quantised_tile_rows<Op>(Op::L::kWidth == 16 || MR <= 6 ? MR : 4);
     const int64_t row_bytes = Rows::row_bytes(k_size);
     const int64_t scale_bytes = Rows::scale_bytes(k_size, matrix.group);
     const int64_t ahead = rows_ahead(kCodesAhead, row_bytes * matrix.step, NR);
@@ -204,7 +208,7 @@ template <class Op, int MR, class Scale>
 void few_product_fp8(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix, int64_t begin,
                      int64_t end, int64_t limit, int64_t k_size, float* c) {
     using L = typename Op::L;
-    constexpr int NR = quantised_tile_rows<Op>(is_halved<Op, MR> ? 4 : MR);
+    constexpr int NR = quantised_tile_rows<Op>(Op::L::kWidth == 16 || MR <= 6 ? MR : 4);
     const int64_t blocks = (k_size + kBlock - 1) / kBlock;
     const int64_t ahead = rows_ahead(kCodesAhead, k_size * matrix.step, NR);
     for (int64_t n = begin; n < end;) {
@@ -218,7 +222,7 @@ void few_product_fp8(const typename Op::X* x, int64_t x_stride, FewMatrix& matri
         if (Fp8<L>::kMagnitudes && matrix.block_row != block_row) {
             for (int64_t b = 0; b < blocks; ++b)
                 fp8_magnitudes<L>(widen(reinterpret_cast<const Scale*>(scales)[b]),
-                                  matrix.magnitudes + b * kBlock);
+                                  matrix.scratch + b * kBlock);
             matrix.block_row = block_row;
         }
         for (; n < stop; n += NR) {
@@ -235,6 +239,52 @@ void few_product_fp8(const typename Op::X* x, int64_t x_stride, FewMatrix& matri
         }
         n = stop;
     }
+}
+
+// FewProduct of any of them by way of rows of bf16 in scratch.
+template <class Op, int MR, WeightFormat Format>
+void few_product_unpacked(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix,
+                          int64_t begin, int64_t end, int64_t limit, int64_t k_size, float* c) {
+    constexpr int kRows = rows_at_once<Op, MR>(), NR = kUnpackedRows;
+    constexpr bool kFourBits =
+        Format != WeightFormat::kFp8Block && Format != WeightFormat::kFp8BlockBF16;
+    const int64_t row_bytes = (kFourBits ? k_size / 2 : k_size) * matrix.step;
+    const int64_t stride = unpacked_stride(k_size), ahead = rows_ahead(kCodesAhead, row_bytes, NR);
+    for (int64_t n = begin; n < end; n += NR) {
+        const BF16* w[NR];
+        for (int64_t i = 0; i < NR; ++i) {
+            const int64_t row = matrix.first + (n + i < end ? n + i : end - 1) * matrix.step;
+            DequantiseArgs a{};
+            a.format = Format;
+            a.codes = matrix.base;
+            a.scales = matrix.scales;
+            a.k_size = k_size;
+            a.begin = row;
+            a.end = row + 1;
+            a.prefetch = n + ahead + NR <= limit ? ahead * row_bytes : 0;
+            a.to = reinterpret_cast<std::byte*>(matrix.scratch + i * stride);
+            a.group = matrix.group;
+            dequantise<typename Op::L>(a);
+            w[i] = matrix.scratch + i * stride;
+        }
+        few_tiles<Op, MR, kRows, NR>(x, x_stride, w, k_size, 0, c + (n - begin));
+    }
+}
+
+template <class Op, int MR, WeightFormat Format>
+constexpr FewProduct<Op> quantised_product() {
+    if constexpr (MR >= kUnpackedFrom<Op>)
+        return &few_product_unpacked<Op, MR, Format>;
+    else if constexpr (Format == WeightFormat::kMxfp4)
+        return &few_product_quantised<Op, MR, Mxfp4Rows>;
+    else if constexpr (Format == WeightFormat::kInt4Group)
+        return &few_product_quantised<Op, MR, Int4Rows<BF16>>;
+    else if constexpr (Format == WeightFormat::kInt4GroupF16)
+        return &few_product_quantised<Op, MR, Int4Rows<F16>>;
+    else if constexpr (Format == WeightFormat::kFp8Block)
+        return &few_product_fp8<Op, MR, float>;
+    else
+        return &few_product_fp8<Op, MR, BF16>;
 }
 
 }  // namespace

@@ -34,7 +34,6 @@
 namespace moe_offload {
 namespace {
 
-constexpr int64_t kMostFewRows = 8;  // these kernels take
 constexpr int64_t kChunk = 48;  // outputs per row held before the epilogue; every NR divides it
 // Rows of a chunk of outputs: room for the vector and the tile that reach beyond its end.
 constexpr int64_t kChunkStride = kChunk + 8;
@@ -42,6 +41,10 @@ constexpr int64_t kPrefetchBytes = 64 << 10;
 constexpr int64_t kPageBytes = 4096, kPagesAhead = 3, kHeadBytes = 512;  // streamed
 constexpr int64_t kPassingBytes = 256, kAheadBytes = 8192;
 constexpr int kStreamedRows = 2;
+
+// Rows of x these kernels take, as many as they were faster for than many_rows.h.
+template <class Op>
+constexpr int kMostFewRows = has_places<Op> ? 24 : 8;
 
 template <class Op, int MR>
 constexpr bool is_streamed =
@@ -62,15 +65,24 @@ template <class Op>
 constexpr int few_tile_rows(int rows) {
     constexpr int kWide[] = {8, 8, 8, 6, 4, 4, 3, 3};    // 32 registers
     constexpr int kNarrow[] = {8, 4, 3, 2, 2, 2, 1, 1};  // 16
-    return Op::L::kWidth == 16 ? kWide[rows - 1] : kNarrow[rows - 1];
+    constexpr int kPairs[] = {4, 4, 3, 2, 2, 2, 1, 1};   // a vector fills two of 16
+    return Op::L::kWidth == 16 ? kWide[rows - 1]
+           : has_places<Op>    ? kPairs[rows - 1]
+                               : kNarrow[rows - 1];
 }
 
-// Seven or eight rows of x leave 16 registers sums of one weight row only, for which all of x comes
-// from the L2: weight rows are then multiplied by four of them first, and from the L1 by the
-// others. AVX2 forced on one Zen 4 core, eight rows of OLMoE's shape: 30 GFLOP/s in one go, 48 in
-// two (fp32), 44 and 59 (bf16); five or six rows lose a fifth.
+// Rows of x multiplied at once, by as many weight rows as leave them registers; the others follow
+// and find the weights in the L1. In one go, seven or eight leave 16 registers sums of one weight
+// row only, for which all of x comes from the L2: AVX2 forced on one Zen 4 core, eight rows of
+// OLMoE's shape, 30 GFLOP/s in one go, 48 in two (fp32), and five or six rows lose a fifth. Pairs
+// are fastest three by three or two by two, Zen 3, K 2048, GFLOP/s of 92 from registers: four rows
+// 67 and 77, eight rows four by four 67 and 77, or 66 where they are widened in order (kNarrow).
 template <class Op, int MR>
-constexpr bool is_halved = Op::L::kWidth == 8 && MR > 6;
+constexpr int rows_at_once() {
+    if (Op::L::kWidth == 16) return MR;
+    if (has_places<Op>) return MR == 4 ? 2 : MR > 4 ? 3 : MR;
+    return MR > 6 ? 4 : MR;
+}
 
 // Elements from one row of few-row x or h to the next. The extra vector keeps rows of 4096 bytes
 // from falling into one set of the L1 cache.
@@ -93,34 +105,53 @@ inline int64_t rows_ahead(int64_t bytes, int64_t row_bytes, int64_t tile_rows) {
     return (bytes / row_bytes / tile_rows + 1) * tile_rows;
 }
 
-// c[m * ldc + n] = sum_k x[m][k] w[n][k]
-template <class Op, int MR, int NR>
+// What a tile prefetches: the weights `further` elements on, of all its weight rows, or of those
+// that `rows` points at.
+template <class Op>
+struct Ahead {
+    int64_t further;
+    const typename Op::T* const* rows;
+};
+
+// c[m * ldc + n] = sum_k x[m][k] w[n][k]. `Fetched` weight rows are prefetched.
+template <class Op, int MR, int NR, int Fetched = NR>
 inline void few_tile(const typename Op::X* x, int64_t x_stride, const typename Op::T* const* w,
-                     int64_t k_size, int64_t prefetch, float* c, int64_t ldc) {
+                     int64_t k_size, Ahead<Op> ahead, float* c, int64_t ldc) {
     using L = typename Op::L;
     typename L::V acc[MR * NR];
     for (int i = 0; i < MR * NR; ++i) acc[i] = L::set(0.0f);
     int64_t k = 0;
-    const auto step = [&](const typename Op::Vec* ws) {
+    // Pairs ask for each line four times, as 16-bit elements widened in order do: with two, two Zen
+    // 3 cores read pages of 4 KiB 3 to 9 % slower. Where others compute meanwhile, twice is enough.
+    constexpr int kTries = has_places<Op> && Fetched > 1 ? 2 : 1;
+    // A pair takes two registers: weight rows one after the other leave room for the sums.
+    constexpr int kBeside = has_places<Op> && MR <= 3 ? 1 : NR;
+    const auto step = [&](const auto& load) {
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
-            const typename Op::Vec xv = Op::load_x(x + m * x_stride + k);
-            for (int n = 0; n < NR; ++n) acc[m * NR + n] = Op::step(acc[m * NR + n], xv, ws[n]);
+        for (int first = 0; first < NR; first += kBeside) {
+            typename Op::Vec ws[kBeside];
+            for (int n = 0; n < kBeside; ++n) ws[n] = load(first + n);
+#pragma GCC unroll 8
+            for (int m = 0; m < MR; ++m) {
+                const typename Op::Vec xv = Op::load_x(x + m * x_stride + k);
+                for (int n = 0; n < kBeside; ++n) {
+                    typename L::V& sum = acc[m * NR + first + n];
+                    sum = Op::step(sum, xv, ws[n]);
+                }
+            }
         }
     };
-    for (; k + Op::kStep <= k_size; k += Op::kStep) {
-        typename Op::Vec ws[NR];
-        for (int n = 0; n < NR; ++n) {
-            ws[n] = Op::load_w(w[n] + k);
-            __builtin_prefetch(w[n] + k + prefetch, 0, 2);
-        }
-        step(ws);
-    }
-    if (k < k_size) {
-        typename Op::Vec ws[NR];
-        for (int n = 0; n < NR; ++n) ws[n] = Op::load_w_tail(w[n] + k, k_size - k);
-        step(ws);
-    }
+    for (; k + Op::kStep <= k_size; k += Op::kStep)
+        step([&](int n) {
+            if (n < Fetched)
+#pragma GCC unroll 2
+                for (int i = 0; i < kTries; ++i)
+                    __builtin_prefetch((Fetched < NR ? ahead.rows : w)[n] + k + ahead.further +
+                                           i * Op::kStep / kTries,
+                                       0, 2);
+            return Op::load_w(w[n] + k);
+        });
+    if (k < k_size) step([&](int n) { return Op::load_w_tail(w[n] + k, k_size - k); });
     store_sums<L, MR, NR>(acc, c, ldc);
 }
 
@@ -165,6 +196,21 @@ inline void few_tile_streamed(const typename Op::X* x, int64_t x_stride,
     store_sums<L, MR, NR>(all, c, ldc);
 }
 
+// The same of MR rows of x, `Some` of them at a time, each of which prefetches its share.
+template <class Op, int MR, int Some, int NR, int Part = 0>
+inline void few_tiles(const typename Op::X* x, int64_t x_stride, const typename Op::T* const* w,
+                      int64_t k_size, int64_t prefetch, float* c) {
+    constexpr int kParts = (MR + Some - 1) / Some, kFirst = Part * Some;
+    constexpr int kRows = MR - kFirst < Some ? MR - kFirst : Some;
+    constexpr int kFetched = (NR + kParts - 1) / kParts;
+    const typename Op::T* fetched[kFetched];
+    for (int i = 0; i < kFetched; ++i) fetched[i] = w[(Part * kFetched + i) % NR];
+    few_tile<Op, kRows, NR, kFetched>(x + kFirst * x_stride, x_stride, w, k_size,
+                                      {prefetch, fetched}, c + kFirst * kChunkStride, kChunkStride);
+    if constexpr (Part + 1 < kParts)
+        few_tiles<Op, MR, Some, NR, Part + 1>(x, x_stride, w, k_size, prefetch, c);
+}
+
 // A matrix as these kernels read it.
 struct FewMatrix {
     const std::byte* base;
@@ -173,8 +219,8 @@ struct FewMatrix {
     // Quantised, few_quantised.h: row n is stored row first + n * step, rows without gaps.
     const std::byte* scales;  // of stored row 0
     int64_t first, step, group;
-    BF16* magnitudes;        // of one row of fp8 blocks, [K in whole blocks]
-    int64_t block_row = -1;  // which one's they are
+    BF16* scratch;           // few_scratch_bytes
+    int64_t block_row = -1;  // of fp8: whose magnitudes those are, [K in whole blocks]
 };
 
 // c[m][n - begin] for rows n in [begin, end) of a matrix, MR rows of x. Nothing beyond row `limit`
@@ -187,7 +233,7 @@ using FewProduct = void (*)(const typename Op::X* x, int64_t x_stride, FewMatrix
 template <class Op, int MR>
 void few_product(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix, int64_t begin,
                  int64_t end, int64_t limit, int64_t k_size, float* c) {
-    constexpr int kHalf = is_halved<Op, MR> ? 4 : MR, NR = few_tile_rows<Op>(kHalf);
+    constexpr int kRows = rows_at_once<Op, MR>(), NR = few_tile_rows<Op>(kRows);
     using T = typename Op::T;
     const int64_t row_stride = matrix.row_stride;
     const int64_t ahead = rows_ahead(kPrefetchBytes, row_stride, NR);
@@ -204,11 +250,8 @@ void few_product(const typename Op::X* x, int64_t x_stride, FewMatrix& matrix, i
         }
         const int64_t prefetch = n + ahead + NR <= limit ? ahead * row_stride : 0;
         float* to = c + (n - begin);
-        few_tile<Op, kHalf, NR>(x, x_stride, w, k_size, prefetch / static_cast<int64_t>(sizeof(T)),
-                                to, kChunkStride);
-        if constexpr (kHalf < MR)
-            few_tile<Op, MR - kHalf, NR>(x + kHalf * x_stride, x_stride, w, k_size, 0,
-                                         to + kHalf * kChunkStride, kChunkStride);
+        few_tiles<Op, MR, kRows, NR>(x, x_stride, w, k_size,
+                                     prefetch / static_cast<int64_t>(sizeof(T)), to);
     }
 }
 
@@ -228,8 +271,13 @@ void pack_few(const void* hidden, const int64_t* tokens, int64_t rows, int64_t k
     for (int64_t m = 0; m < rows; ++m) {
         const T* from = static_cast<const T*>(hidden) + tokens[m] * k;
         X* to = static_cast<X*>(out) + m * stride;
-        for (int64_t i = 0; i < k; ++i) to[i] = Op::to_x(from[i]);
-        for (int64_t i = k; i < stride; ++i) to[i] = X{};
+        int64_t i = 0;
+        for (; i + Op::kStep <= k; i += Op::kStep) Op::store_x(to + i, Op::load_w(from + i));
+        if (i < k) {
+            Op::store_x(to + i, Op::load_w_tail(from + i, k - i));
+            i += Op::kStep;
+        }
+        for (; i < stride; ++i) to[i] = X{};
     }
 }
 

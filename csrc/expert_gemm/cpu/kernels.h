@@ -57,10 +57,13 @@ struct ProductArgs {  // of both products
     std::byte* scratch;
 };
 
-// The magnitudes of a row of fp8 blocks (unpack.h).
+// Of quantised weights: the magnitudes of a row of fp8 blocks, or some rows unpacked to bf16
+// (few_quantised.h), not a multiple of 4096 bytes apart.
+constexpr int64_t kUnpackedRows = 3;
+inline int64_t unpacked_stride(int64_t k_size) { return (k_size + 127) / 128 * 128 + 32; }
 inline size_t few_scratch_bytes(WeightFormat format, int64_t k_size) {
-    const bool fp8 = format == WeightFormat::kFp8Block || format == WeightFormat::kFp8BlockBF16;
-    return fp8 ? static_cast<size_t>((k_size + 127) / 128 * 128) * 2 : 0;
+    if (format == WeightFormat::kPlain) return 0;
+    return static_cast<size_t>(kUnpackedRows * unpacked_stride(k_size)) * 2;
 }
 
 struct GateUpArgs : ProductArgs {  // begin is a multiple of Kernels::row_step

@@ -41,7 +41,6 @@ struct VectorTile {
     static constexpr int64_t kBlockRows = MaxMV * Op::L::kWidth;
     static constexpr int kBlockPad = Op::kBlockPad;
     static constexpr int64_t kSumK = 256;
-    static constexpr int64_t kFewRows = kMostFewRows;
 
     // Weight rows at a time: AVX2's 16 registers hold their sums, a broadcast and a block's vectors
     // of x; eight sums at least hide the latency of an addition.
@@ -389,7 +388,10 @@ Kernels make_kernels(const char* isa) {
     using Op = typename Tile::Op;
     Kernels k{};
     k.isa = isa;
-    k.few_rows = Tile::kFewRows;
+    if constexpr (requires { Tile::kFewRows; })
+        k.few_rows = Tile::kFewRows;
+    else
+        k.few_rows = kMostFewRows<FewOp>;
     k.lanes = Op::L::kWidth;
     k.block_rows = Tile::kBlockRows;
     k.few_item = sizeof(typename FewOp::X);

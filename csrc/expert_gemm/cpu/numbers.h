@@ -1,8 +1,7 @@
 // Quantised weights to the vectors that an Op multiplies: 32 numbers at a time.
 //
-// In general those are unpack.h's words of bf16. AVX2 multiplies fp32 and would widen them again,
-// so there look-ups give fp32 at once: eight nibbles are one 32-bit word shifted by eight amounts,
-// and eight values fill a register.
+// In general those are unpack.h's words of bf16. On AVX2, which multiplies pairs in fp32, nibbles
+// are looked up in the order that makes them pairs when they are unpacked.
 #pragma once
 
 #include "expert_gemm/cpu/unpack_fp8.h"
@@ -24,15 +23,8 @@ struct Numbers {
 
 #if defined(__AVX2__)
 template <>
-inline Numbers<FmaOp<Avx2Lanes, BF16>> Numbers<FmaOp<Avx2Lanes, BF16>>::of(
-    const Words<Avx2Lanes>& words) {
-    const auto wide = [](__m128i eight) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
-    };
-    return {{wide(_mm256_castsi256_si128(words.half[0])),
-             wide(_mm256_extracti128_si256(words.half[0], 1)),
-             wide(_mm256_castsi256_si128(words.half[1])),
-             wide(_mm256_extracti128_si256(words.half[1], 1))}};
+inline Numbers<PairOp> Numbers<PairOp>::of(const Words<Avx2Lanes>& words) {
+    return {{PairOp::widened(words.half[0]), PairOp::widened(words.half[1])}};
 }
 #endif
 
@@ -91,102 +83,61 @@ struct Fp8Numbers {
 };
 
 #if defined(__AVX2__)
-using Avx2Op = FmaOp<Avx2Lanes, BF16>;
-
-// Four bytes: a code in the lower four bits of each word.
-inline __m256i eight_codes(const uint8_t* codes) {
-    int32_t eight;
-    std::memcpy(&eight, codes, 4);
-    return _mm256_srlv_epi32(_mm256_set1_epi32(eight),
-                             _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+// The lower or upper four bits of 16 bytes in an order that unpacking within 128 bits undoes: codes
+// 0, 2, 4, 6, 1, 3, 5, 7 and 16 to 23 likewise; 8 to 15 and 24 to 31.
+inline __m256i pair_codes(const uint8_t* codes) {
+    const __m256i twice =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m256i bytes = _mm256_shuffle_epi8(
+        twice, _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 8, 9, 10, 11, 8, 9, 10, 11,  //
+                                4, 5, 6, 7, 4, 5, 6, 7, 12, 13, 14, 15, 12, 13, 14, 15));
+    const __m256i in_place = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    return _mm256_and_si256(in_place, _mm256_set1_epi8(15));
 }
 
+// What the codes mean: two bytes each, the upper half of an fp32.
+inline Numbers<PairOp> look_up_pairs(__m256i codes, __m256i low_bytes, __m256i high_bytes) {
+    const __m256i low = _mm256_shuffle_epi8(low_bytes, codes);
+    const __m256i high = _mm256_shuffle_epi8(high_bytes, codes);
+    const auto part = [](__m256i words) {
+        const __m256i zero = _mm256_setzero_si256();
+        return PairOp::Vec{_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, words)),
+                           _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, words))};
+    };
+    return {{part(_mm256_unpacklo_epi8(low, high)), part(_mm256_unpackhi_epi8(low, high))}};
+}
+
+// 2^(scale - 127) of regular scales.
+struct Powers {
+    float of[256];
+    constexpr Powers() : of() {
+        float power = 0x1p-125f;
+        for (int scale = 2; scale <= 252; ++scale, power *= 2.0f) of[scale] = power;
+    }
+};
+constexpr Powers kPowers;
+
 template <>
-struct Mxfp4Numbers<Avx2Op> {
-    static Numbers<Avx2Op> regular(const uint8_t* codes, uint8_t scale) {
-        // The exponent's shift is in the upper half of the word; code 0 stays zero.
-        const __m256i shift = _mm256_and_si256(
-            _mm256_set1_epi32(static_cast<int32_t>(kMxfp4Shifts.of[scale])),
-            _mm256_setr_epi32(0, -65536, -65536, -65536, -65536, -65536, -65536, -65536));
-        const __m256i ones = _mm256_castps_si256(_mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6));
-        const __m256 magnitudes = _mm256_castsi256_ps(_mm256_add_epi32(ones, shift));
-        Numbers<Avx2Op> numbers;
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const __m256i code = eight_codes(codes + 4 * i);
-            const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(code, 28)),
-                                              _mm256_set1_ps(-0.0f));
-            numbers.part[i] = _mm256_xor_ps(_mm256_permutevar8x32_ps(magnitudes, code), sign);
+struct Mxfp4Numbers<PairOp> {
+    static Numbers<PairOp> regular(const uint8_t* codes, uint8_t scale) {
+        Numbers<PairOp> numbers =
+            look_up_pairs(pair_codes(codes), e2m1_low_bytes(), e2m1_high_bytes());
+        const __m256 power = _mm256_broadcast_ss(kPowers.of + scale);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            numbers.part[i].even = numbers.part[i].even * power;
+            numbers.part[i].odd = numbers.part[i].odd * power;
         }
         return numbers;
     }
 };
 
 template <class Scale>
-struct Int4Numbers<Avx2Op, Scale> {
-    struct Table {
-        __m256 low, high;
-    };
-    static Table table(float scale) {
-        using Unpack = Int4<Avx2Lanes, Scale>;
-        return {widened(Unpack::rounded(kInt4, scale)), widened(Unpack::rounded(kInt4 + 8, scale))};
-    }
-    static Numbers<Avx2Op> numbers(const uint8_t* codes, const Table& table) {
-        Numbers<Avx2Op> numbers;
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const __m256i code = eight_codes(codes + 4 * i);
-            numbers.part[i] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, code),
-                                               _mm256_permutevar8x32_ps(table.high, code),
-                                               _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
-        }
-        return numbers;
-    }
-    static __m256 widened(__m256i bf16_bits) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits, 16));
-    }
-};
-
-template <>
-struct Fp8Numbers<Avx2Op> {
-    struct Table {
-        __m256 scale;    // of a block
-        __m256 of_half;  // 256 times that: what the bits as fp16 are multiplied by
-        bool plain;      // it is far from overflow, and not NaN
-    };
-    static Table table(const BF16*, float scale) {
-        return {_mm256_set1_ps(scale), _mm256_set1_ps(256.0f * scale),
-                scale > -0x1p100f && scale < 0x1p100f};
-    }
-    static Numbers<Avx2Op> numbers(const uint8_t* codes, const Table& table) {
-        const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-        const __m256i nan = _mm256_cmpeq_epi8(_mm256_and_si256(all, _mm256_set1_epi8(0x7f)),
-                                              _mm256_set1_epi8(0x7f));
-        if (__builtin_expect(!table.plain || !_mm256_testz_si256(nan, nan), 0))
-            return Numbers<Avx2Op>::of(Fp8<Avx2Lanes>::words(codes, {table.scale}));
-        Numbers<Avx2Op> numbers;
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-            const __m256i code =
-                _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + i));
-            // As fp16 the bits are 2^-8 times the number; the sum moves the sign up by one.
-            const __m256i bits = _mm256_slli_epi16(code, 7);
-            const __m256i half =
-                _mm256_add_epi16(bits, _mm256_and_si256(bits, _mm256_set1_epi16(0x4000)));
-            numbers.part[2 * i] = rounded(_mm256_castsi256_si128(half), table.of_half);
-            numbers.part[2 * i + 1] = rounded(_mm256_extracti128_si256(half, 1), table.of_half);
-        }
-        return numbers;
-    }
-    static Numbers<Avx2Op> tail(const uint8_t* codes, int64_t count, const Table& table) {
-        return Numbers<Avx2Op>::of(fp8_words_tail<Avx2Lanes>(codes, count, {table.scale}));
-    }
-    // To bf16; there is no NaN.
-    static __m256 rounded(__m128i half, __m256 of_half) {
-        const __m256i u = _mm256_castps_si256(_mm256_cvtph_ps(half) * of_half);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-        const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
-        return _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(-65536)));
+struct Int4Numbers<PairOp, Scale> {
+    using Table = typename Int4<Avx2Lanes, Scale>::Table;
+    static Table table(float scale) { return Int4<Avx2Lanes, Scale>::table(scale); }
+    static Numbers<PairOp> numbers(const uint8_t* codes, const Table& table) {
+        return look_up_pairs(pair_codes(codes), table.low_bytes, table.high_bytes);
     }
 };
 #endif

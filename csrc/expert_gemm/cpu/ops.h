@@ -78,6 +78,10 @@ inline void transpose_rows(const BF16* const* from, BF16* to, int64_t stride, bo
 }
 #endif
 
+// Does this Op keep few rows of x and h in another order than theirs?
+template <class Op>
+constexpr bool has_places = requires { &Op::place; };
+
 // Does this Op transpose rows by vectors when it packs?
 template <class Op>
 constexpr bool has_transpose = requires { &Op::transpose; };
@@ -116,6 +120,8 @@ struct FmaOp {
         return L::load(buffer);
     }
     static V step(V acc, Vec x, Vec w) { return L::fma(x, w, acc); }
+    static void store_x(X* to, Vec x) { L::store(to, x); }
+    static Vec broadcast_lane(const X* step, int64_t lane) { return L::set(step[lane]); }
 
     // Many rows: weights as floats, converted tile by tile when they are 16-bit.
     using B = float;
@@ -147,6 +153,49 @@ struct FmaOp {
 #endif
 };
 
+#if defined(__AVX2__)
+// Few rows of bf16 in fp32: a vector of them is widened to its even and its odd elements, by a
+// shift and a mask, where widening them in order takes a shuffle and a shift for each half. x and h
+// lie likewise, for each step first its even elements.
+struct PairOp {
+    using L = Avx2Lanes;
+    using V = __m256;
+    using T = BF16;
+    using X = float;
+    static constexpr int kStep = 16;
+
+    struct Vec {
+        V even, odd;
+    };
+    // Where element i of a row of x or h lies.
+    static constexpr int64_t place(int64_t i) {
+        return i / kStep * kStep + i % 2 * L::kWidth + i % kStep / 2;
+    }
+    static Vec widened(__m256i pairs) {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
+                _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)))};
+    }
+    static Vec load_x(const X* p) { return {L::load(p), L::load(p + L::kWidth)}; }
+    static Vec load_w(const T* p) {
+        return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static Vec load_w_tail(const T* p, int64_t count) {
+        T buffer[kStep] = {};
+        std::memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
+        return load_w(buffer);
+    }
+    static V step(V acc, Vec x, Vec w) { return L::fma(x.odd, w.odd, L::fma(x.even, w.even, acc)); }
+    static void store_x(X* to, Vec x) {
+        L::store(to, x.even);
+        L::store(to + L::kWidth, x.odd);
+    }
+    static Vec broadcast_lane(const X* step, int64_t lane) {
+        return {L::set(step[lane]), L::set(step[L::kWidth + lane])};
+    }
+    static void store_h(X* h, V v) { L::store(h, round_to<L, T>(v)); }
+};
+#endif
+
 #if defined(__AVX512BF16__)
 struct DotOp {
     using L = Avx512Lanes;
@@ -165,6 +214,8 @@ struct DotOp {
         return (__m512bh)_mm512_maskz_loadu_epi16(mask, p);
     }
     static V step(V acc, Vec x, Vec w) { return _mm512_dpbf16_ps(acc, x, w); }
+    static void store_x(X* to, Vec x) { _mm512_storeu_si512(to, (__m512i)x); }
+    static Vec broadcast_lane(const X* step, int64_t lane) { return broadcast(step + 2 * lane); }
 
     using B = BF16;
     static constexpr bool kConvert = false;

@@ -33,13 +33,11 @@ void logits_few_rows(const LogitsArgs& a) {
     }
 }
 
-template <class Op>
+template <class Op, int MR = 1>
 void logits_few(const LogitsArgs& a) {
-    static constexpr void (*kByRows[])(const LogitsArgs&) = {
-        logits_few_rows<Op, 1>, logits_few_rows<Op, 2>, logits_few_rows<Op, 3>,
-        logits_few_rows<Op, 4>, logits_few_rows<Op, 5>, logits_few_rows<Op, 6>,
-        logits_few_rows<Op, 7>, logits_few_rows<Op, 8>};
-    kByRows[a.rows - 1](a);
+    if constexpr (MR < kMostFewRows<Op>)
+        if (a.rows > MR) return logits_few<Op, MR + 1>(a);
+    logits_few_rows<Op, MR>(a);
 }
 
 // to[i] = values[i] in the dtype, and values[i] that widened again.

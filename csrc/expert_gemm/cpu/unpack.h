@@ -68,6 +68,31 @@ struct Words<Avx512Lanes> {
 #endif
 
 #if defined(__AVX2__)
+// Sixteen bf16 that VPSHUFB looks up, their lower and upper bytes, for either 128 bits.
+struct ByteTable {
+    __m256i low_bytes, high_bytes;
+
+    // Of words' lower halves.
+    static ByteTable of(__m256i first, __m256i second) {
+        const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xd8);
+        const __m256i bytes = _mm256_permute4x64_epi64(
+            _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xff)),
+                                _mm256_srli_epi16(words, 8)),
+            0xd8);  // the sixteen lower ones, then the upper ones
+        return {_mm256_permute2x128_si256(bytes, bytes, 0x00),
+                _mm256_permute2x128_si256(bytes, bytes, 0x11)};
+    }
+};
+
+// Rounded to bf16, in the lower half of each word; infinity is not carried out of by NaNs of a few
+// bits.
+inline __m256i rounded_bits(__m256 v) {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(u, _mm256_set1_epi32(0x7fff));
+    return _mm256_srli_epi32(_mm256_add_epi32(sum, odd), 16);
+}
+
 // The 32 codes of 16 bytes, a byte each.
 inline __m256i nibbles(const uint8_t* codes) {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
@@ -151,17 +176,22 @@ struct Mxfp4 {  // 16 bytes to 32 numbers, for regular scales
 };
 
 #if defined(__AVX2__)
+// Bytes of kE2m1.
+inline __m256i e2m1_low_bytes() {
+    return _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
+}
+inline __m256i e2m1_high_bytes() {
+    return _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 63, 63, 63, 64, 64, 64, 64, -128, -65, -65, -65, -64, -64, -64, -64));
+}
+
 template <>
 struct Mxfp4<Avx2Lanes> {
     static Words<Avx2Lanes> regular(const uint8_t* codes, uint8_t scale) {
         const __m256i code = nibbles(codes);
-        // Bytes of kE2m1, low and high.
-        const __m256i low_bytes = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
-        const __m256i high_bytes = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, 63, 63, 63, 64, 64, 64, 64, -128, -65, -65, -65, -64, -64, -64, -64));
-        const __m256i low = _mm256_shuffle_epi8(low_bytes, code);
-        const __m256i high = _mm256_shuffle_epi8(high_bytes, code);
+        const __m256i low = _mm256_shuffle_epi8(e2m1_low_bytes(), code);
+        const __m256i high = _mm256_shuffle_epi8(e2m1_high_bytes(), code);
         const __m256i shift = _mm256_set1_epi32(static_cast<int32_t>(kMxfp4Shifts.of[scale]));
         const auto scaled = [&](__m256i value) {
             const __m256i magnitude = _mm256_slli_epi16(value, 1);
@@ -231,9 +261,7 @@ struct Int4 {
 #if defined(__AVX2__)
 template <class Scale>
 struct Int4<Avx2Lanes, Scale> {
-    struct Table {
-        __m256i low_bytes, high_bytes;
-    };
+    using Table = ByteTable;
     // Eight numbers of the table, in the lower half of each word.
     static __m256i rounded(const float* eight, float scale) {
         __m256 product = _mm256_load_ps(eight) * _mm256_set1_ps(scale);
@@ -243,20 +271,10 @@ struct Int4<Avx2Lanes, Scale> {
             const __m256 nan = _mm256_cmp_ps(product, product, _CMP_UNORD_Q);
             product = _mm256_blendv_ps(product, _mm256_set1_ps(__builtin_nanf("")), nan);
         }
-        const __m256i u = _mm256_castps_si256(product);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-        const __m256i sum = _mm256_add_epi32(u, _mm256_set1_epi32(0x7fff));
-        return _mm256_srli_epi32(_mm256_add_epi32(sum, odd), 16);
+        return rounded_bits(product);
     }
     static Table table(float scale) {
-        const __m256i words = _mm256_permute4x64_epi64(
-            _mm256_packus_epi32(rounded(kInt4, scale), rounded(kInt4 + 8, scale)), 0xd8);
-        const __m256i bytes = _mm256_permute4x64_epi64(
-            _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xff)),
-                                _mm256_srli_epi16(words, 8)),
-            0xd8);  // the sixteen lower ones, then the upper ones
-        return {_mm256_permute2x128_si256(bytes, bytes, 0x00),
-                _mm256_permute2x128_si256(bytes, bytes, 0x11)};
+        return ByteTable::of(rounded(kInt4, scale), rounded(kInt4 + 8, scale));
     }
     static Words<Avx2Lanes> words(const uint8_t* codes, const Table& table) {
         const __m256i code = nibbles(codes);

@@ -2,7 +2,7 @@
 //
 // 128 columns of up to 128 rows share a scale, so there are 128 magnitudes: they are multiplied and
 // rounded once per block row, and each code is a look-up. AVX2, which has no look-up of that size,
-// converts by way of fp16.
+// looks up fractions.
 #pragma once
 
 #include "expert_gemm/cpu/unpack.h"
@@ -52,19 +52,64 @@ struct Fp8 {
 };
 
 #if defined(__AVX2__)
+// A code's number is that of its fraction, one of eight, with four bits added to the exponent and
+// the sign: byte look-ups of the former, shifts of the latter. Subnormal codes are eight fractions
+// of their own, with nothing to add. NaN, and scales near the ends of the exponents' range, go by
+// way of fp16.
 template <>
 struct Fp8<Avx2Lanes> {
     static constexpr bool kMagnitudes = false;
     struct Table {
+        ByteTable fractions;  // bits of 0 to 7 times 2^-9, and of 8 / 8 to 15 / 8 times 2^-7
         __m256 scale;
+        // In memory, because there are not enough registers for them, and a compiler that knows
+        // their values makes them anew each time.
+        __m256i magnitude, most, eight, fraction, added;
     };
-    static Table table(const BF16*, float scale) { return {_mm256_set1_ps(scale)}; }
-    static Words<Avx2Lanes> words(const uint8_t* codes, const Table& table) {
-        const auto* p = reinterpret_cast<const __m128i*>(codes);
-        return {{sixteen(_mm_loadu_si128(p), table.scale),
-                 sixteen(_mm_loadu_si128(p + 1), table.scale)}};
+    __attribute__((noinline)) static Table table(const BF16*, float scale) {
+        const auto bits = [scale](__m256 fractions, float unit) {
+            return rounded_bits(fractions * _mm256_set1_ps(unit) * _mm256_set1_ps(scale));
+        };
+        const __m256 eighths = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+        const float magnitude = scale < 0 ? -scale : scale;
+        const bool plain = magnitude > 0x1p-100f && magnitude < 0x1p100f;
+        return {
+            ByteTable::of(bits(eighths, 0x1p-9f), bits(eighths + _mm256_set1_ps(8.0f), 0x1p-10f)),
+            _mm256_set1_ps(scale),
+            _mm256_set1_epi8(0x7f),
+            _mm256_set1_epi8(plain ? 0x7e : -1),
+            _mm256_set1_epi8(8),
+            _mm256_set1_epi8(7),
+            _mm256_set1_epi16(-0x7880)};
     }
-    static __m256i sixteen(__m128i codes, __m256 scale) {
+    static Words<Avx2Lanes> words(const uint8_t* codes, const Table& table) {
+        const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+        // Codes 0-7, 16-23 and 8-15, 24-31, so that unpacking within 128 bits leaves them in order.
+        const __m256i code = _mm256_permute4x64_epi64(all, 0xd8);
+        const __m256i magnitude = _mm256_and_si256(code, table.magnitude);
+        const __m256i special = _mm256_cmpgt_epi8(magnitude, table.most);
+        if (__builtin_expect(!_mm256_testz_si256(special, special), 0))
+            return any_words(codes, table.scale);
+        const __m256i normal =  // 8, or 0 for subnormal codes
+            _mm256_and_si256(_mm256_min_epu8(magnitude, table.eight), table.eight);
+        const __m256i index = _mm256_or_si256(_mm256_and_si256(code, table.fraction), normal);
+        const __m256i low = _mm256_shuffle_epi8(table.fractions.low_bytes, index);
+        const __m256i high = _mm256_shuffle_epi8(table.fractions.high_bytes, index);
+        const auto sixteen = [&](__m256i bits, __m256i upper) {
+            const __m256i moved = _mm256_srai_epi16(upper, 4);  // the sign stays
+            return _mm256_add_epi16(bits, _mm256_and_si256(moved, table.added));
+        };
+        const __m256i zero = _mm256_setzero_si256();
+        return {{sixteen(_mm256_unpacklo_epi8(low, high), _mm256_unpacklo_epi8(zero, code)),
+                 sixteen(_mm256_unpackhi_epi8(low, high), _mm256_unpackhi_epi8(zero, code))}};
+    }
+    __attribute__((noinline)) static Words<Avx2Lanes> any_words(const uint8_t* codes,
+                                                                __m256 scale) {
+        const auto* p = reinterpret_cast<const __m128i*>(codes);
+        return {
+            {any_sixteen(_mm_loadu_si128(p), scale), any_sixteen(_mm_loadu_si128(p + 1), scale)}};
+    }
+    static __m256i any_sixteen(__m128i codes, __m256 scale) {
         const __m256i code = _mm256_cvtepu8_epi16(codes);
         const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
         const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(code, magnitude), 8);
