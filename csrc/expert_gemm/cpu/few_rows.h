@@ -42,7 +42,9 @@ constexpr int64_t kPageBytes = 4096, kPagesAhead = 3, kHeadBytes = 512;  // stre
 constexpr int64_t kPassingBytes = 256, kAheadBytes = 8192;
 constexpr int kStreamedRows = 2;
 
-// Rows of x these kernels take, as many as they were faster for than many_rows.h.
+// Rows of x these kernels take. Pairs: as long as they are not slower than many_rows.h, which widens
+// weights to scratch first. Two Zen 3 cores, 64 experts of Qwen3's shape, ms with 9, 16 and 24 rows
+// each: 60, 104 and 132, there 120, 120 and 132.
 template <class Op>
 constexpr int kMostFewRows = has_places<Op> ? 24 : 8;
 
@@ -75,8 +77,8 @@ constexpr int few_tile_rows(int rows) {
 // and find the weights in the L1. In one go, seven or eight leave 16 registers sums of one weight
 // row only, for which all of x comes from the L2: AVX2 forced on one Zen 4 core, eight rows of
 // OLMoE's shape, 30 GFLOP/s in one go, 48 in two (fp32), and five or six rows lose a fifth. Pairs
-// are fastest three by three or two by two, Zen 3, K 2048, GFLOP/s of 92 from registers: four rows
-// 67 and 77, eight rows four by four 67 and 77, or 66 where they are widened in order (kNarrow).
+// are fastest three by three, one Zen 3 core of 92 GFLOP/s from registers: eight rows 76, where
+// elements widened in order had 66 in two goes; four rows 67 in one go, 77 two by two.
 template <class Op, int MR>
 constexpr int rows_at_once() {
     if (Op::L::kWidth == 16) return MR;
