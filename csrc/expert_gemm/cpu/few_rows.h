@@ -42,9 +42,9 @@ constexpr int64_t kPageBytes = 4096, kPagesAhead = 3, kHeadBytes = 512;  // stre
 constexpr int64_t kPassingBytes = 256, kAheadBytes = 8192;
 constexpr int kStreamedRows = 2;
 
-// Rows of x these kernels take. Pairs: as long as they are not slower than many_rows.h, which widens
-// weights to scratch first. Two Zen 3 cores, 64 experts of Qwen3's shape, ms with 9, 16 and 24 rows
-// each: 60, 104 and 132, there 120, 120 and 132.
+// Rows of x these kernels take. Pairs: as long as they are not slower than many_rows.h, which
+// widens weights to scratch first. Two Zen 3 cores, 64 experts of Qwen3's shape, ms with 9, 16 and
+// 24 rows each: 60, 104 and 132, there 120, 120 and 132.
 template <class Op>
 constexpr int kMostFewRows = has_places<Op> ? 24 : 8;
 

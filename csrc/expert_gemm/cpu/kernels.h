@@ -4,9 +4,9 @@
 // An expert with few rows is bound by the bytes of its weights, one with many by arithmetic; the
 // two have different kernels and different layouts of x and h:
 //
-//   few rows (<= few_rows):  x and h row-major, few_stride(K) apart, zeros behind K (in steps of even
-//       and odd elements where PairOp multiplies, ops.h). Weights and x are both contiguous along K,
-//       so lanes run along K and are summed at the end.
+//   few rows (<= few_rows):  x and h row-major, few_stride(K) apart, zeros behind K (PairOp's in
+//       steps of even and odd elements, ops.h). Weights and x are both contiguous along K, so lanes
+//       run along K and are summed at the end.
 //   many rows:  x and h transposed and packed in blocks of block_rows rows, so that one vector
 //       holds one k of `lanes` rows; weights are broadcast from where they are, element by element
 //       (bf16: pair by pair, for dot-product instructions). Nothing of a weight is ever copied
